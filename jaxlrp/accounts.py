@@ -1,0 +1,175 @@
+"""The ledger: where relevance went, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from . import _compat
+from .composites import Composite
+from .errors import ConservationError, InputError
+from .fold import Relevances, Step, at
+from .rules import Rule, total
+from .tables import table
+from .targets import seed
+from .transform import Forward, Setup
+
+
+class Ledger(struct.PyTreeNode):
+    """Relevance in and out of every layer, from the output down to the input, and the names of what was lost.
+
+    Every number is a sum over all positions (and over the batch; use `jax.vmap` for one ledger a sample). Prints as a
+    table.
+
+    Attributes:
+        layers: names of the layers that relevance came through, in execution order.
+        rules: their rules, printed.
+        arrived: ``[layers]`` relevance at each layer's outputs.
+        handed: ``[layers]`` relevance that it gave to its inputs.
+        losses: by name, ``[layers]``: ``"bias"``, ``"stabiliser"``, ``"dropped sign"`` (no contribution of the right
+            sign to go to), ``"constant"`` (padding and other constants), ``"normalisation"``, ``"nonlinearity"``,
+            ``"gradient"``.
+        size: ``[layers]`` sum of the absolute relevance at each layer's outputs; the scale for `check`.
+        start: relevance of the output, summed.
+        end: relevance of the explained inputs, summed.
+    """
+
+    layers: tuple[str, ...] = struct.field(pytree_node=False)
+    rules: tuple[str, ...] = struct.field(pytree_node=False)
+    arrived: jax.Array
+    handed: jax.Array
+    losses: dict[str, jax.Array]
+    size: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+    @property
+    def unnamed(self) -> jax.Array:
+        """``[layers]`` what arrived and was neither handed on nor lost by name: 0 up to rounding."""
+        return self.arrived - self.handed - sum(self.losses.values(), jnp.zeros_like(self.arrived))
+
+    @property
+    def kept(self) -> jax.Array:
+        """``[layers]`` share of the arrived relevance that was handed on."""
+        return self.handed / jnp.where(self.arrived == 0, 1.0, self.arrived)
+
+    def check(self, rtol: float = 1e-5) -> Ledger:
+        """Raise unless every layer's account, and the whole, closes to ``rtol`` of the relevance that came through.
+
+        Raises:
+            ConservationError: names the layer with the largest hole.
+            InputError: the ledger is being traced; check it outside `jax.jit`.
+        """
+        if not _compat.is_concrete(self.arrived):
+            raise InputError("a ledger can be checked once its numbers are known: call check() outside jax.jit")
+        if self.arrived.ndim != 1:
+            raise InputError("check one ledger at a time: this one is a batch of them, made by jax.vmap")
+        scale = np.maximum(np.asarray(self.size), float(abs(self.start)))
+        holes = np.abs(np.asarray(self.unnamed))
+        broken = ~(holes <= rtol * scale)  # NaN is broken too
+        if broken.any():
+            worst = int(np.argmax(np.where(broken, np.nan_to_num(holes / scale, nan=np.inf), 0.0)))
+            raise ConservationError(
+                f"layer '{self.layers[worst]}' with rule {self.rules[worst]} received relevance "
+                f"{self.arrived[worst]:.6g}, handed on {self.handed[worst]:.6g} and lost "
+                f"{self.unnamed[worst]:.6g} without a name"
+            )
+        lost = float(sum(jnp.sum(v) for v in self.losses.values()))
+        hole = abs(float(self.start) - float(self.end) - lost)
+        if not hole <= rtol * max(float(np.max(scale, initial=0.0)), 1e-30):
+            raise ConservationError(f"{hole:.6g} of {float(self.start):.6g} went missing between layers")
+        return self
+
+    def __str__(self) -> str:
+        names = [n for n, v in self.losses.items() if np.any(np.asarray(v) != 0)]
+        head = ["layer", "rule", "in", "out", "kept", *names, "unnamed"]
+        columns = [self.arrived, self.handed, self.kept, *(self.losses[n] for n in names), self.unnamed]
+        numbers = [np.asarray(c) for c in columns]
+        rows: list[Sequence[str]] = []
+        for i in reversed(range(len(self.layers))):
+            cells = [f"{100 * c[i]:.1f} %" if k == 2 else _number(c[i]) for k, c in enumerate(numbers)]
+            rows.append([self.layers[i], self.rules[i], *cells])
+        sums = [_number(np.sum(np.asarray(self.losses[n]))) for n in names]
+        share = 100 * float(self.end) / float(self.start) if float(self.start) else 0.0
+        whole = [
+            _number(self.start),
+            _number(self.end),
+            f"{share:.1f} %",
+            *sums,
+            _number(np.sum(numbers[-1])),
+        ]
+        return table(head, [*rows, ["output to input", "", *whole]], right=range(2, len(head)))
+
+
+def _number(x: Any) -> str:
+    x = float(x)
+    return "0" if x == 0 else f"{x:.4g}"
+
+
+def ledger(
+    model: Any,
+    composite: Composite | Rule | None = None,
+    *,
+    argnums: int | Sequence[int] | None = None,
+    target: Any = None,
+    has_aux: bool = False,
+    check: bool = False,
+) -> Callable[..., Ledger]:
+    """As `lrp`, but the returned function gives a `Ledger`: where the relevance of each layer went.
+
+    >>> import jax.numpy as jnp, jaxlrp
+    >>> account = jaxlrp.ledger(lambda x, w, b: x @ w + b, jaxlrp.Epsilon(0.0625))
+    >>> print(account(jnp.array([1.0, 1.0]), jnp.array([[3.0], [1.0]]), jnp.array([4.0])))
+    layer            rule                     in    out    kept   bias  stabiliser  unnamed
+    ---------------  -----------------------  --  -----  ------  -----  ----------  -------
+    dense            Epsilon(epsilon=0.0625)   8  3.969  49.6 %  3.969     0.06202        0
+    output to input                            8  3.969  49.6 %  3.969     0.06202        0
+    """
+    default = target
+    setup = Setup(model, composite, argnums, has_aux, check)
+
+    def account(*args: Any, target: Any = None, **kwargs: Any) -> Ledger:
+        forward = setup.forward(args, kwargs)
+        return balance(forward, seed(default if target is None else target, forward.output))[0]
+
+    return account
+
+
+def balance(forward: Forward, start: Any) -> tuple[Ledger, Relevances]:
+    """The ledger of one fold, and the relevance of every value."""
+    steps: dict[str, Step] = {}
+    relevance = forward.fold(start, steps)
+    passed = [a for a in forward.assignments if a.layer.name in steps]
+    arrived, handed, size, losses = [], [], [], []
+    for assignment in passed:
+        step = steps[assignment.layer.name]
+        arrived.append(_sum(step.arrived))
+        handed.append(_sum(step.handed))
+        size.append(_sum(tuple(map(jnp.abs, step.arrived))))
+        losses.append(assignment.rule.losses(step.call, *step.arrived))
+    names = list(dict.fromkeys(n for loss in losses for n in loss))
+    inputs = [v for v in forward.traced.program.inputs if v.depends]
+    account = Ledger(
+        layers=tuple(a.layer.name for a in passed),
+        rules=tuple(str(a.rule) for a in passed),
+        arrived=_stack(arrived),
+        handed=_stack(handed),
+        losses={n: _stack([loss.get(n, jnp.zeros(())) for loss in losses]) for n in names},
+        size=_stack(size),
+        start=_sum(tuple(jax.tree.leaves(start))),
+        end=_sum(tuple(at(relevance, v) for v in inputs)),
+    )
+    return account, relevance
+
+
+def _sum(parts: tuple[jax.Array, ...]) -> jax.Array:
+    return sum(map(total, parts), jnp.zeros(()))
+
+
+def _stack(parts: list[jax.Array]) -> jax.Array:
+    return jnp.stack(parts) if parts else jnp.zeros((0,))

@@ -1,0 +1,406 @@
+"""Composites: which layer gets which rule.
+
+A `Composite` is a list of entries ``(selector, rule)`` behind the defaults for every kind of layer; later entries
+override earlier ones. The presets at the end are nothing but such lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import jax
+
+from .errors import NoRuleError, UnknownLayerError
+from .layers import KINDS, Layer
+from .rules import (
+    AlphaBeta,
+    DeconvNetReLU,
+    Epsilon,
+    EqualShare,
+    Flat,
+    Gamma,
+    Gradient,
+    GuidedReLU,
+    HoldScale,
+    Norm,
+    Pass,
+    Route,
+    Rule,
+    ZBox,
+    Zero,
+    ZPlus,
+)
+from .tables import table
+
+# -- selectors ---------------------------------------------------------------------------------------------------------
+
+#: Finer names that `kind` understands beside the kinds themselves; activations go by their function's name too.
+OPS = (
+    *(
+        "conv",
+        "dense",
+        "add",
+        "sub",
+        "sum",
+        "mean",
+        "avg_pool",
+        "sum_pool",
+        "cumsum",
+        "scatter_add",
+        "max_pool",
+    ),
+    *(
+        "min_pool",
+        "max",
+        "min",
+        "sort",
+        "top_k",
+        "relu",
+        "gelu",
+        "matmul",
+        "mul",
+        "div",
+        "softmax",
+        "log_softmax",
+    ),
+)
+
+
+class Selector:
+    """Chooses layers; everything in `Composite` that is not a plain predicate is one of these."""
+
+    def select(self, layers: Sequence[Layer]) -> list[bool]:
+        """For each layer, whether it is chosen."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind(Selector):
+    """Layers of a kind or operation; see `kind`."""
+
+    kind: str
+
+    def select(self, layers: Sequence[Layer]) -> list[bool]:
+        """By kind or op."""
+        found = [self.kind in ("*", layer.kind, layer.op) for layer in layers]
+        known = {*KINDS, *OPS}
+        if self.kind not in known and not any(found) and self.kind != "*":
+            here = {layer.op for layer in layers}
+            raise UnknownLayerError(f"no kind or operation {self.kind!r}{_closest(self.kind, known | here)}")
+        return found
+
+    def __str__(self) -> str:
+        return f'kind("{self.kind}")'
+
+
+@dataclasses.dataclass(frozen=True)
+class Name(Selector):
+    """Layers by the glob of their name; see `name`."""
+
+    pattern: str
+
+    def select(self, layers: Sequence[Layer]) -> list[bool]:
+        """By name; no match at all is an error."""
+        found = match_names(self.pattern, [layer.name for layer in layers])
+        if not any(found):
+            names = [layer.name for layer in layers]
+            raise UnknownLayerError(f"no layer is called {self.pattern!r}{_closest(self.pattern, names)}")
+        return found
+
+    def __str__(self) -> str:
+        return f'name("{self.pattern}")'
+
+
+@dataclasses.dataclass(frozen=True)
+class Extreme(Selector):
+    """Layers nearest to the input or output among their kind; see `first` and `last`."""
+
+    kind: str
+    end: str
+
+    def select(self, layers: Sequence[Layer]) -> list[bool]:
+        """Those that no other layer of the kind lies before (or behind) in data flow."""
+        chosen = Kind(self.kind).select(layers)
+        order = list(range(len(layers)))
+        if self.end == "last":
+            order.reverse()
+        behind: set[Any] = set()  # values on the far side of a layer of this kind
+        found = [False] * len(layers)
+        for i in order:
+            near, far = layers[i].inputs, layers[i].outputs
+            if self.end == "last":
+                near, far = far, near
+            hidden = any(v in behind for v in near)
+            found[i] = chosen[i] and not hidden
+            if chosen[i] or hidden:
+                behind.update(far)
+        return found
+
+    def __str__(self) -> str:
+        return f'{self.end}("{self.kind}")'
+
+
+@dataclasses.dataclass(frozen=True)
+class Where(Selector):
+    """Layers for which a function is true."""
+
+    predicate: Callable[[Layer], bool]
+
+    def select(self, layers: Sequence[Layer]) -> list[bool]:
+        """By asking the function."""
+        return [bool(self.predicate(layer)) for layer in layers]
+
+    def __str__(self) -> str:
+        return getattr(self.predicate, "__name__", str(self.predicate))
+
+
+def kind(name: str) -> Selector:
+    """Layers of a kind (``"linear"``, ``"sum"``, ...) or operation (``"conv"``, ``"relu"``, ...); ``"*"`` is all."""
+    return Kind(name)
+
+
+def name(pattern: str) -> Selector:
+    """Layers whose name matches: ``*`` within a path component, ``**`` across, ``"**/head"`` also matches ``"head"``.
+
+    A pattern that matches no layer of the model is an error that shows the nearest names.
+    """
+    return Name(pattern)
+
+
+def first(kind: str) -> Selector:
+    """The layers of a kind that are nearest to the input in data flow: no other of the kind lies before them."""
+    return Extreme(kind, "first")
+
+
+def last(kind: str) -> Selector:
+    """The layers of a kind that are nearest to the output in data flow."""
+    return Extreme(kind, "last")
+
+
+def match_names(pattern: str, names: Iterable[str]) -> list[bool]:
+    """Glob matching of slash-separated names."""
+    expression = ""
+    for part in re.split(r"(\*\*/|\*\*|\*|\?)", pattern):
+        expression += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part))
+    compiled = re.compile(expression)
+    return [compiled.fullmatch(n) is not None for n in names]
+
+
+def _closest(wanted: str, known: Iterable[str]) -> str:
+    known = sorted(set(known))
+    near = difflib.get_close_matches(wanted.split("/")[-1], known, n=4, cutoff=0.4) or difflib.get_close_matches(
+        wanted, known, n=4, cutoff=0.0
+    )
+    more = "" if len(known) <= 4 else f"; print(jaxlrp.trace(model, ...)) lists all {len(known)}"
+    return f"; did you mean {', '.join(map(repr, near))}?{more}" if near else ""
+
+
+# -- composites
+# ----------------------------------------------------------------------------------------------------------
+
+#: What a layer gets that no entry speaks of. Linear layers have no default: which rule they get is what a composite
+#: is for.
+DEFAULTS: tuple[tuple[Selector, Rule], ...] = (
+    (kind("activation"), Pass()),
+    (kind("scale"), Pass()),
+    (kind("sum"), Norm()),
+    (kind("move"), Route()),
+    (kind("pick"), Route()),
+    (kind("product"), EqualShare()),
+    (kind("normalization"), HoldScale()),
+    (kind("softmax"), Zero()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Which rule a layer got, and which entry of the composite gave it."""
+
+    layer: Layer
+    rule: Rule
+    reason: str
+
+
+class Assignments(tuple[Assignment, ...]):
+    """The rule of every layer; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [(a.layer.name, f"{a.layer.kind}/{a.layer.op}", str(a.rule), a.reason) for a in self]
+        return table(("layer", "kind", "rule", "because of"), rows)
+
+
+@jax.tree_util.register_pytree_node_class
+class Composite:
+    """Rules for a whole model: entries ``(selector, rule)``, later ones override earlier ones.
+
+    A selector is `kind`, `name`, `first`, `last` or any function from a `Layer` to bool. Layers that no entry speaks
+    of take
+    their kind's default (relevance passes activations, follows moves, is shared by sums in proportion); a linear
+    layer without an entry is an error. Composites are pytrees whose leaves are the numbers of their rules.
+
+    >>> import jaxlrp
+    >>> composite = jaxlrp.Composite(
+    ...     (jaxlrp.kind("linear"), jaxlrp.Epsilon()),
+    ...     (jaxlrp.kind("conv"), jaxlrp.Gamma(0.25)),
+    ... )
+    >>> print(composite)
+    Composite(
+      kind("linear") => Epsilon()
+      kind("conv")   => Gamma()
+    )
+    """
+
+    def __init__(self, *entries: tuple[Selector | Callable[[Layer], bool], Rule]):
+        self.entries: tuple[tuple[Selector, Rule], ...] = tuple(map(_entry, entries))
+
+    @classmethod
+    def uniform(cls, rule: Rule) -> Composite:
+        """One rule for every layer with weights; all others take their defaults."""
+        return cls((kind("scale"), rule), (kind("linear"), rule))
+
+    def extend(self, *entries: tuple[Selector | Callable[[Layer], bool], Rule]) -> Composite:
+        """This composite with more entries, which override it."""
+        return Composite(*self.entries, *entries)
+
+    def assign(self, layers: Sequence[Layer]) -> Assignments:
+        """Find each layer's rule.
+
+        Raises:
+            UnknownLayerError: a name or kind matches nothing.
+            NoRuleError: a layer is left without a rule.
+        """
+        rules: list[tuple[Rule, str] | None] = [None] * len(layers)
+        for entries, default in ((DEFAULTS, True), (self.entries, False)):
+            for selector, rule in entries:
+                for i, chosen in enumerate(selector.select(layers)):
+                    if chosen:
+                        rules[i] = (rule, "default" if default else str(selector))
+        assigned = []
+        for layer, found in zip(layers, rules, strict=True):
+            if layer.rule is not None:
+                found = (layer.rule, "custom_layer" if layer.kind == "custom" else "register_rule")
+            elif layer.kind == "softmax" and layer.final and layer.op == "softmax" and found and found[1] == "default":
+                # Relevance starts as the predicted probabilities and goes to the logits unchanged.
+                found = (Pass(), "final softmax")
+            if found is None:
+                raise NoRuleError(
+                    f"no rule for layer '{layer.name}' ({layer.kind}/{layer.op}, {layer.source}); "
+                    f'add an entry such as (jaxlrp.kind("{layer.kind}"), jaxlrp.Epsilon())'
+                )
+            assigned.append(Assignment(layer, *found))
+        return Assignments(assigned)
+
+    def __repr__(self) -> str:
+        if not self.entries:
+            return "Composite()"
+        width = max(len(str(s)) for s, _ in self.entries)
+        lines = [f"  {s!s:<{width}} => {r}" for s, r in self.entries]
+        return "Composite(\n" + "\n".join(lines) + "\n)"
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Rules are children, selectors are static."""
+        return tuple(r for _, r in self.entries), tuple(s for s, _ in self.entries)
+
+    @classmethod
+    def tree_unflatten(cls, selectors: Any, rules: Any) -> Composite:
+        """The inverse of `tree_flatten`."""
+        composite = object.__new__(cls)
+        composite.entries = tuple(zip(selectors, rules, strict=True))
+        return composite
+
+
+def _entry(entry: Any) -> tuple[Selector, Rule]:
+    if not (isinstance(entry, tuple) and len(entry) == 2):
+        raise TypeError(f"a composite's entries are pairs (selector, rule), not {entry!r}")
+    selector, rule = entry
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        raise TypeError(f"{rule.__name__} is a class; give an instance: {rule.__name__}(...)")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{rule!r} is no rule; give one such as jaxlrp.Epsilon()")
+    if isinstance(selector, Selector):
+        return selector, rule
+    if callable(selector):
+        return Where(cast(Callable[[Layer], bool], selector)), rule
+    raise TypeError(f"{selector!r} selects no layers; use kind(...), name(...), first(...), last(...) or a function")
+
+
+def as_composite(composite: Composite | Rule | None) -> Composite:
+    """The composite to use: None is `EpsilonPlus`, a single rule is `Composite.uniform` of it."""
+    if composite is None:
+        return EpsilonPlus()
+    if isinstance(composite, Rule):
+        return Composite.uniform(composite)
+    if not isinstance(composite, Composite):
+        raise TypeError(f"composite must be a Composite, a Rule or None, not {composite!r}")
+    return composite
+
+
+# -- presets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def EpsilonPlus(epsilon: Any = 1e-6) -> Composite:
+    """z+ for convolutions, epsilon for dense layers: the default."""
+    return Composite((kind("linear"), Epsilon(epsilon)), (kind("conv"), ZPlus()))
+
+
+def EpsilonPlusFlat(epsilon: Any = 1e-6) -> Composite:
+    """`EpsilonPlus` with the flat rule at the first layer: smooth maps that say where, not which pixel."""
+    return EpsilonPlus(epsilon).extend((first("linear"), Flat()))
+
+
+def EpsilonGammaBox(low: Any, high: Any, epsilon: Any = 1e-6, gamma: Any = 0.25) -> Composite:
+    """z^B for the first convolution, gamma for the others, epsilon for dense layers (Montavon et al., 2019).
+
+    ``low`` and ``high`` are the smallest and largest possible inputs *after* preprocessing, numbers or arrays that
+    broadcast.
+    """
+    return Composite((kind("linear"), Epsilon(epsilon)), (kind("conv"), Gamma(gamma)), (first("conv"), ZBox(low, high)))
+
+
+def EpsilonAlpha2Beta1(epsilon: Any = 1e-6) -> Composite:
+    """Alpha 2, beta 1 for convolutions, epsilon for dense layers."""
+    return Composite((kind("linear"), Epsilon(epsilon)), (kind("conv"), AlphaBeta(2.0, 1.0)))
+
+
+def EpsilonAlpha2Beta1Flat(epsilon: Any = 1e-6) -> Composite:
+    """`EpsilonAlpha2Beta1` with the flat rule at the first layer (Kohlbrenner et al., 2020)."""
+    return EpsilonAlpha2Beta1(epsilon).extend((first("linear"), Flat()))
+
+
+def ExcitationBackprop() -> Composite:
+    """z+ for every linear layer, derivatives of activations (Zhang et al., 2016)."""
+    return Composite((kind("linear"), ZPlus()), (kind("activation"), Gradient()))
+
+
+def GradientComposite() -> Composite:
+    """The plain gradient, folded layer by layer: for comparison, and to capture gradients at hidden layers."""
+    return Composite((kind("*"), Gradient()))
+
+
+def GuidedBackprop() -> Composite:
+    """The gradient, with only positive gradients passing active relus (Springenberg et al., 2015)."""
+    return GradientComposite().extend((kind("relu"), GuidedReLU()))
+
+
+def DeconvNet() -> Composite:
+    """The gradient, with only positive gradients passing relus, active or not (Zeiler & Fergus, 2014)."""
+    return GradientComposite().extend((kind("relu"), DeconvNetReLU()))
+
+
+#: Every preset that needs no arguments, by the name it goes by on the command line.
+PRESETS: dict[str, Callable[[], Composite]] = {
+    "epsilon": lambda: Composite.uniform(Epsilon()),
+    "epsilon_plus": EpsilonPlus,
+    "epsilon_plus_flat": EpsilonPlusFlat,
+    "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
+    "epsilon_alpha2_beta1_flat": EpsilonAlpha2Beta1Flat,
+    "excitation_backprop": ExcitationBackprop,
+    "guided_backprop": GuidedBackprop,
+    "deconvnet": DeconvNet,
+    "gradient": GradientComposite,
+}

@@ -1,0 +1,365 @@
+"""Linear layers: what belongs to one, and how it is taken apart into inputs, weights and bias.
+
+Every linear layer, dense, convolution, average pool, residual sum or a lone BatchNorm, becomes a `LinearMap`
+
+    z = f(x, w) + b,    f bilinear in x and w,
+
+so that each rule is written once, in terms of ``f`` with other inputs or weights (``f(x, w⁺)``, ``f(1, w²)``, ...).
+A constant per-channel scale behind the operation (BatchNorm in inference) is multiplied into ``w``, a constant shift is
+added to ``b``. Weightless sums have ``w`` equal to their constant factor: 1, or 1/n for a mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _compat
+from . import _primitives as P
+from .graph import Equation, Program, Value, read, wide_dtype, widen
+
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap:
+    """A linear layer at the numbers of one forward pass: ``z = f(x, w) + b``.
+
+    Attributes:
+        inputs: ``x``, one array per operand (two for a residual sum).
+        weights: ``w``; only its signs and sizes matter to rules, its layout is the operation's own.
+        bias: ``b``, broadcastable to the output, or None.
+        output: ``z`` as the model computed it.
+        apply: ``f(x, w)``.
+        features: the axes of the output over which one sample's ``z`` is spread (for stabilisers relative to its rms).
+        exact: whether ``output`` is ``f(x, w) + b``; not so once a rule has replaced inputs or weights.
+        nonnegative: whether the inputs are known never to be negative (they come out of a relu, a softmax, ...).
+    """
+
+    inputs: Arrays
+    weights: Arrays
+    bias: jax.Array | None
+    output: jax.Array
+    apply: Callable[[Arrays, Arrays], jax.Array]
+    features: tuple[int, ...]
+    nonnegative: bool = False
+    exact: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearSpec:
+    """The static part of a linear layer: its operation and the constant scales and shifts behind it.
+
+    ``core`` is None for a layer that consists of scales and shifts alone.
+    """
+
+    core: Equation | None
+    tail: tuple[Equation, ...]
+    inputs: tuple[Value, ...]
+    output: Value
+
+    def bind(self, env: Mapping[Value, Any], nonnegative: bool = False) -> LinearMap:
+        """Take the layer apart at the values of one forward pass, in at least 32 bits."""
+        inputs = tuple(widen(read(env, v)) for v in self.inputs)
+        output = widen(read(env, self.output))
+        scale, shift = self._tail(env)
+        if self.core is None:
+            weights, apply = (scale,), _elementwise(output.shape)
+        else:
+            weights, apply, constant = _CORES[self.core.primitive](self.core, env)
+            if constant is not None:
+                shift = constant * scale + shift
+            weights = tuple(_scaled(self.core, w, scale) for w in weights)
+            apply = self._with_moves(apply)
+        bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
+        features = _features(self.core, output.ndim)
+        return LinearMap(inputs, weights, bias, output, apply, features, nonnegative)
+
+    def _tail(self, env: Mapping[Value, Any]) -> tuple[Any, Any]:
+        """The tail as ``z -> scale * z + shift``: ``scale`` fits the core's output, ``shift`` the layer's."""
+        scale: Any = 1.0
+        shift: Any = 0.0
+        for eqn in self.tail:
+            prim = eqn.primitive
+            if prim in P.RESHAPE:
+                shift = shift if isinstance(shift, float) else _moved(eqn, shift)
+                continue
+            if prim in P.CAST:
+                continue
+            if prim in P.NEG:
+                scale, shift = -scale, -shift
+                continue
+            constant = widen(read(env, next(v for v in eqn.inputs if not v.depends)))
+            if prim in P.ADD:
+                shift = shift + constant
+            elif prim in P.SUB:
+                if eqn.inputs[0].depends:
+                    shift = shift - constant
+                else:
+                    scale, shift = -scale, constant - shift
+            else:
+                factor = 1.0 / constant if prim in P.DIV else constant
+                aligned = factor if self.core is None else _align(self.core, self.tail, eqn, factor)
+                scale, shift = scale * aligned, shift * factor
+        return jnp.asarray(scale), shift
+
+    def _with_moves(self, apply: Callable[[Arrays, Arrays], jax.Array]) -> Callable[[Arrays, Arrays], jax.Array]:
+        moves = [e for e in self.tail if e.primitive in P.RESHAPE]
+        if not moves:
+            return apply
+
+        def moved(x: Arrays, w: Arrays) -> jax.Array:
+            z = apply(x, w)
+            for eqn in moves:
+                (z,) = _compat.bind(eqn.primitive, eqn.params, z)
+            return z
+
+        return moved
+
+
+# -- what a linear layer absorbs ----------------------------------------------------------------------------------
+
+
+def absorb_tail(program: Program, core: Equation) -> LinearSpec:
+    """Follow the only reader of a linear operation's output as long as it scales, shifts or reshapes it by constants.
+
+    A scale is taken in if it can be multiplied into the weights: it may vary over the output features
+    of a convolution or matrix product only. A shift by a number written in the code belongs to an activation
+    (``relu6(z + 3)``) and ends the layer; so does a weightless sum's shift, which is no bias of its own.
+    """
+    inputs = tuple(v for v in core.dependent if v.carries)
+    value, tail = core.outputs[0], []
+    weighted = core.primitive in P.DOT or core.primitive in P.CONV
+    multi = len(inputs) > 1 or core.primitive in P.ADD or core.primitive in P.SUB
+    while not multi and value not in program.outputs:
+        readers = program.consumers.get(value, [])
+        if len(readers) != 1 or not _absorbs(program, core, tail, readers[0], weighted):
+            break
+        tail.append(readers[0])
+        value = readers[0].outputs[0]
+    while tail and tail[-1].primitive in P.RESHAPE:  # a trailing reshape is nothing of the layer's own
+        tail.pop()
+    return LinearSpec(core, tuple(tail), inputs, tail[-1].outputs[0] if tail else core.outputs[0])
+
+
+def _absorbs(program: Program, core: Equation, tail: Sequence[Equation], eqn: Equation, weighted: bool) -> bool:
+    prim = eqn.primitive
+    value = tail[-1].outputs[0] if tail else core.outputs[0]
+    if prim in P.CAST or prim in P.NEG:
+        return True
+    if prim in P.RESHAPE:
+        if weighted:
+            return prim not in P.BROADCAST and prim not in P.TRANSPOSE
+        return math.prod(eqn.outputs[0].shape) == math.prod(value.shape)  # keepdims
+    if prim not in P.ADD | P.SUB | P.MUL | P.DIV or sum(v.depends for v in eqn.inputs) != 1:
+        return False
+    if eqn.outputs[0].shape != value.shape:
+        return False
+    constant = next(v for v in eqn.inputs if not v.depends)
+    if constant.random:
+        return False
+    if prim in P.MUL or (prim in P.DIV and eqn.inputs[0] is value):
+        axes = _varying(program, constant)
+        if not weighted:
+            return not axes or not any(e.primitive in P.RESHAPE for e in tail)
+        back = _axes_in_core(core, [*tail, eqn], axes)
+        return back is not None and back <= _weight_axes(core)
+    return weighted and (prim in P.ADD or prim in P.SUB) and not constant.literal
+
+
+def _varying(program: Program, value: Value) -> frozenset[int]:
+    """Axes along which a constant may take different values."""
+    axes = frozenset(i for i, n in enumerate(value.shape) if n > 1)
+    eqn = program.producer.get(value)
+    if eqn is None or not axes:
+        return axes
+    if eqn.primitive in P.BROADCAST:
+        dims = eqn.params["broadcast_dimensions"]
+        (operand,) = eqn.inputs[:1]
+        return frozenset(dims[i] for i in _varying(program, operand))
+    if eqn.primitive in P.ELEMENTWISE:
+        operands = [v for v in eqn.inputs if len(v.shape) == len(value.shape)]
+        return axes & frozenset().union(*(_varying(program, v) for v in operands))
+    return axes
+
+
+def _axes_in_core(core: Equation, tail: Sequence[Equation], axes: frozenset[int]) -> frozenset[int] | None:
+    """Map axes of a tail value back to axes of the core's output, through the reshapes in between."""
+    for eqn in reversed(tail):
+        if eqn.primitive in P.RESHAPE:
+            before, after = eqn.inputs[0].shape, eqn.outputs[0].shape
+            mapped = {_same_axis(before, after, i) for i in axes}
+            if None in mapped:
+                return None
+            axes = frozenset(i for i in mapped if i is not None)
+    return axes
+
+
+def _same_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
+    """The axis that a reshape leaves as it is: same size, same number of elements behind it."""
+    behind = math.prod(after[axis + 1 :])
+    for i, size in enumerate(before):
+        if size == after[axis] and math.prod(before[i + 1 :]) == behind:
+            return i
+    return None
+
+
+def _weight_axes(core: Equation) -> frozenset[int]:
+    """Axes of the output that are axes of the weight too."""
+    if core.primitive in P.CONV:
+        return frozenset({core.params["dimension_numbers"].out_spec[1]})
+    return frozenset(_dot_axes(core))
+
+
+def _dot_axes(core: Equation) -> dict[int, int]:
+    """For a matrix product: output axis -> weight axis."""
+    (contract, batch) = core.params["dimension_numbers"]
+    side = 1 if core.inputs[0].depends else 0
+    left, right = (len(v.shape) for v in core.inputs[:2])
+    free = [[i for i in range(n) if i not in contract[k] and i not in batch[k]] for k, n in enumerate((left, right))]
+    start = len(batch[0]) + (len(free[0]) if side == 1 else 0)
+    axes = dict(enumerate(batch[side]))
+    axes.update({start + k: axis for k, axis in enumerate(free[side])})
+    return axes
+
+
+def _align(core: Equation, tail: Sequence[Equation], eqn: Equation, factor: jax.Array) -> jax.Array:
+    """Bring a scale from the shape it has in the tail to one that broadcasts against the core's output."""
+    shape, here = core.outputs[0].shape, eqn.outputs[0].shape
+    if factor.ndim == 0 or not (core.primitive in P.DOT or core.primitive in P.CONV):
+        return factor
+    behind = [e for e in tail[: list(tail).index(eqn)] if e.primitive in P.RESHAPE]
+    allowed = _weight_axes(core)
+    # Only axes of the weights vary (absorb_tail saw to it): take one representative along all others.
+    keep = {}
+    for axis, size in enumerate(factor.shape):
+        back = _axes_in_core(core, behind, frozenset({axis})) if size > 1 else None
+        if back is not None and back <= allowed:
+            keep[axis] = next(iter(back))
+    index = tuple(slice(None) if i in keep else slice(0, 1) for i in range(factor.ndim))
+    target = [1] * len(shape)
+    for axis, back in keep.items():
+        target[back] = here[axis]
+    return factor[index].reshape(target)
+
+
+def _scaled(core: Equation, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiply an output scale into the weights."""
+    if scale.ndim == 0 or not (core.primitive in P.DOT or core.primitive in P.CONV):
+        return weight * scale
+    if core.primitive in P.CONV:
+        numbers = core.params["dimension_numbers"]
+        shape = [1] * weight.ndim
+        shape[numbers.rhs_spec[0]] = scale.shape[numbers.out_spec[1]]
+        return weight * scale.reshape(shape)
+    axes = _dot_axes(core)
+    order = sorted(axes, key=axes.__getitem__)  # output axes in the order of the weight's axes
+    others = [i for i in range(scale.ndim) if i not in axes]
+    flat = jnp.squeeze(jnp.transpose(scale, (*order, *others)), tuple(range(len(order), scale.ndim)))
+    shape = [1] * weight.ndim
+    for k, out in enumerate(order):
+        shape[axes[out]] = flat.shape[k]
+    return weight * flat.reshape(shape)
+
+
+def _moved(eqn: Equation, shift: jax.Array) -> jax.Array:
+    full = jnp.broadcast_to(shift, eqn.inputs[0].shape)
+    return _compat.bind(eqn.primitive, eqn.params, full)[0]
+
+
+def _features(core: Equation | None, ndim: int) -> tuple[int, ...]:
+    """Output axes that belong to one sample, where the operation tells; else the last axis alone."""
+    if core is not None and core.primitive in P.CONV and ndim == len(core.outputs[0].shape):
+        batch = core.params["dimension_numbers"].out_spec[0]
+        return tuple(i for i in range(ndim) if i != batch)
+    return (ndim - 1,) if ndim else ()
+
+
+# -- the bilinear maps -----------------------------------------------------------------------------------------------
+
+Core = tuple[Arrays, Callable[[Arrays, Arrays], jax.Array], "jax.Array | None"]
+
+
+def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
+    """Matrix products and convolutions: one operand is the input, the other the weight."""
+    side = 0 if eqn.inputs[0].depends else 1
+    weight = widen(read(env, eqn.inputs[1 - side]))
+    params = dict(eqn.params)
+    if params.get("preferred_element_type") is not None:
+        params["preferred_element_type"] = np.dtype(wide_dtype(eqn.outputs[0].dtype))
+
+    def apply(x: Arrays, w: Arrays) -> jax.Array:
+        operands = (x[0], w[0]) if side == 0 else (w[0], x[0])
+        operands = _promoted(*operands)
+        return _compat.bind(eqn.primitive, params, *operands)[0]
+
+    return (weight,), apply, None
+
+
+def _promoted(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    return a.astype(dtype), b.astype(dtype)
+
+
+def _addition(eqn: Equation, env: Mapping[Value, Any]) -> Core:
+    """``a + b`` and ``a - b``: weights 1 and -1."""
+    sign = -1.0 if eqn.primitive in P.SUB else 1.0
+    signs = [1.0, sign]
+    dtype = wide_dtype(eqn.outputs[0].dtype)
+    weights = tuple(jnp.asarray(s, dtype) for v, s in zip(eqn.inputs, signs, strict=True) if v.carries)
+    shape = eqn.outputs[0].shape
+
+    def apply(x: Arrays, w: Arrays) -> jax.Array:
+        return sum((jnp.broadcast_to(a * c, shape) for a, c in zip(x, w, strict=True)), jnp.zeros((), dtype))
+
+    constants = [widen(read(env, v)) * s for v, s in zip(eqn.inputs, signs, strict=True) if not v.carries]
+    return weights, apply, (constants[0] if constants else None)
+
+
+def _summing(eqn: Equation, env: Mapping[Value, Any]) -> Core:
+    """Sums over axes or windows, cumulative sums: one weight for all."""
+    dtype = wide_dtype(eqn.outputs[0].dtype)
+
+    def apply(x: Arrays, w: Arrays) -> jax.Array:
+        return _compat.bind(eqn.primitive, eqn.params, x[0])[0] * w[0]
+
+    return (jnp.ones((), dtype),), apply, None
+
+
+def _scatter_add(eqn: Equation, env: Mapping[Value, Any]) -> Core:
+    """``operand`` plus ``updates`` added at ``indices`` (segment sums): linear in both."""
+    operand, indices, updates = eqn.inputs
+    index = read(env, indices)
+    dtype = wide_dtype(eqn.outputs[0].dtype)
+    live = [v for v in (operand, updates) if v.carries]
+
+    def run(values: Mapping[Value, Any]) -> jax.Array:
+        zero = lambda v: jnp.zeros(v.shape, dtype)  # noqa: E731
+        a, u = (values.get(v, None) for v in (operand, updates))
+        a = zero(operand) if a is None else a
+        u = zero(updates) if u is None else u
+        return _compat.bind(eqn.primitive, eqn.params, a, index, u)[0]
+
+    def apply(x: Arrays, w: Arrays) -> jax.Array:
+        return run({v: a * w[0] for v, a in zip(live, x, strict=True)})
+
+    fixed = {v: widen(read(env, v)) for v in (operand, updates) if not v.carries}
+    return (jnp.ones((), dtype),), apply, (run(fixed) if fixed else None)
+
+
+def _elementwise(shape: tuple[int, ...]) -> Callable[[Arrays, Arrays], jax.Array]:
+    return lambda x, w: jnp.broadcast_to(x[0] * w[0], shape)
+
+
+_CORES: dict[Any, Callable[[Equation, Mapping[Value, Any]], Core]] = {
+    **dict.fromkeys(P.DOT | P.CONV, _product),
+    **dict.fromkeys(P.ADD | P.SUB, _addition),
+    **dict.fromkeys(P.SUMMING, _summing),
+    **dict.fromkeys(P.SCATTER_ADD, _scatter_add),
+}

@@ -1,0 +1,24 @@
+"""Rules: how one layer hands its relevance to its inputs. One family a file."""
+
+from ._base import LayerCall as LayerCall
+from ._base import Rule as Rule
+from ._base import stabilise as stabilise
+from ._base import total as total
+from ._first import Flat as Flat
+from ._first import WSquare as WSquare
+from ._first import ZBox as ZBox
+from ._gradient import DeconvNetReLU as DeconvNetReLU
+from ._gradient import Gradient as Gradient
+from ._gradient import GuidedReLU as GuidedReLU
+from ._split import AlphaBeta as AlphaBeta
+from ._split import Epsilon as Epsilon
+from ._split import Gamma as Gamma
+from ._split import Norm as Norm
+from ._split import SplitRule as SplitRule
+from ._split import Zero as Zero
+from ._split import ZPlus as ZPlus
+from ._structure import EqualShare as EqualShare
+from ._structure import HoldScale as HoldScale
+from ._structure import Pass as Pass
+from ._structure import Residual as Residual
+from ._structure import Route as Route

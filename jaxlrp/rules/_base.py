@@ -1,0 +1,175 @@
+"""What every rule is, and what it is given to work with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from .. import _primitives as P
+from ..errors import RuleError
+from ..graph import Equation, Value, read, widen
+from ..layers import Layer
+from ..linear import LinearMap
+
+Arrays = tuple[jax.Array, ...]
+Losses = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """A layer at the numbers of one forward pass: all that a rule may read.
+
+    Attributes:
+        layer: the layer; its kind, op and name are static.
+        env: every value of the forward pass.
+        nonnegative: whether the layer's inputs are known never to be negative.
+    """
+
+    layer: Layer
+    env: Mapping[Value, Any]
+    nonnegative: bool = False
+
+    @functools.cached_property
+    def inputs(self) -> Arrays:
+        """The layer's inputs, in at least 32 bits."""
+        return tuple(widen(read(self.env, v)) for v in self.layer.inputs)
+
+    @functools.cached_property
+    def outputs(self) -> Arrays:
+        """The layer's outputs, in at least 32 bits."""
+        return tuple(widen(read(self.env, v)) for v in self.layer.outputs)
+
+    @functools.cached_property
+    def linear(self) -> LinearMap:
+        """The layer as ``z = f(x, w) + b``; raises RuleError if it is not linear."""
+        if self.layer.linear is None:
+            raise RuleError(
+                f"layer '{self.layer.name}' ({self.layer.kind}/{self.layer.op}, {self.layer.source}) is not linear; "
+                f"give it a rule for {self.layer.kind} layers, for example Pass() or Epsilon()"
+            )
+        return self.layer.linear.bind(self.env, self.nonnegative)
+
+    def apply(self, *inputs: jax.Array, hold_scale: bool = False) -> Arrays:
+        """Run the layer again on other inputs.
+
+        With ``hold_scale``, statistics that multiply or divide the value they were taken from (the standard deviation
+        of a LayerNorm) count as constants for derivatives; statistics that are subtracted (its mean) do not.
+        """
+        env = ChainMap(dict(zip(self.layer.inputs, inputs, strict=True)), self.env)  # type: ignore[arg-type]
+        statistics: set[Value] = set()
+        for equation in self.layer.equations:
+            here = env
+            if hold_scale:
+                held = _held(equation, statistics)
+                here = ChainMap({v: jax.lax.stop_gradient(env[v]) for v in held}, *env.maps) if held else env
+            equation.run(here, wide=True)
+            if here is not env:
+                env.update({v: here[v] for v in equation.outputs})
+        return tuple(env[v] for v in self.layer.outputs)
+
+    def vjp(self, *cotangents: jax.Array, hold_scale: bool = False) -> Arrays:
+        """The layer's own derivative, transposed: ``J^T c`` at its inputs."""
+        _, pull = jax.vjp(functools.partial(self.apply, hold_scale=hold_scale), *self.inputs)
+        return pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, self.outputs, strict=True)))
+
+
+def _held(equation: Equation, statistics: set[Value]) -> list[Value]:
+    """Statistics that scale a value here; ``statistics`` is kept up to date on the way."""
+    dependent = equation.dependent
+    known = [v for v in dependent if v in statistics]
+    if equation.primitive in P.REDUCTION or (known and len(known) == len(dependent)):
+        statistics.update(equation.outputs)
+        return []
+    return known if equation.primitive in P.MUL or equation.primitive in P.DIV else []
+
+
+class Rule(struct.PyTreeNode):
+    """How a layer hands the relevance of its outputs to its inputs.
+
+    A rule is a frozen dataclass and a pytree: its numbers are leaves, so that `jax.jit` does not compile anew for
+    another gamma and `jax.vmap` can sweep over it. Write your own by overriding `fold`, or, for linear layers, by
+    subclassing `SplitRule`, where a rule is one line.
+    """
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """Relevance at the layer's inputs, one array per input, given that at its outputs, one per output."""
+        raise NotImplementedError
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
+        return {}
+
+    def __str__(self) -> str:
+        """The rule as a person would write it, without what is left at its default."""
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            default = field.default
+            same = value is default or (isinstance(value, (int, float, str)) and value == default)
+            if not same:
+                shown.append(f"{field.name}={_short(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if hasattr(value, "shape") and getattr(value, "ndim", 0) > 0:
+        return f"array{list(value.shape)}"
+    return str(value)
+
+
+Stabiliser = float | jax.Array | Callable[[jax.Array], jax.Array]
+
+
+def stabilise(
+    z: jax.Array,
+    epsilon: Any,
+    *,
+    clip: bool = False,
+    norm_scale: bool = False,
+    features: tuple[int, ...] = (),
+) -> jax.Array:
+    """Push ``z`` away from 0, keeping its sign: ``z + epsilon * sign(z)`` with ``sign(0) = +1``.
+
+    Args:
+        z: denominators.
+        epsilon: a number >= 0, an array that broadcasts to ``z``, or a function of ``z`` that returns one.
+        clip: use ``sign(z) * max(|z|, epsilon)`` instead.
+        norm_scale: multiply epsilon by the root mean square of ``z`` over ``features``.
+        features: the axes of ``z`` that belong to one sample.
+    """
+    if callable(epsilon):
+        epsilon = epsilon(z)
+    if norm_scale:
+        epsilon = epsilon * jnp.sqrt(jnp.mean(jnp.square(z), axis=features, keepdims=True))
+    sign = jnp.where(z >= 0, 1.0, -1.0).astype(z.dtype)
+    return sign * jnp.maximum(jnp.abs(z), epsilon) if clip else z + jnp.asarray(epsilon, z.dtype) * sign
+
+
+def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """``numerator / denominator`` with 0 where the denominator is 0, in derivatives too."""
+    zero = denominator == 0
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
+
+
+def total(x: jax.Array) -> jax.Array:
+    """Sum of all entries."""
+    return jnp.sum(x)
+
+
+def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sum over the axes along which an array of this shape was repeated."""
+    if x.shape == shape:
+        return x
+    extra = x.ndim - len(shape)
+    x = jnp.sum(x, axis=tuple(range(extra)))
+    axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1)
+    return jnp.sum(x, axis=axes, keepdims=True)

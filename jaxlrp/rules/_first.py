@@ -1,0 +1,119 @@
+"""Rules for the first layer, where inputs are pixels or other raw features whose value is no measure of importance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ..linear import LinearMap
+from ._base import Arrays, LayerCall, Losses, Rule, ratio, stabilise, total
+from ._split import Share, SplitRule
+
+
+class _WeightsAlone(SplitRule, kw_only=True):
+    """Contributions do not depend on the input: ``x := 1``."""
+
+    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
+        """All of it, in proportion to all contributions."""
+        return [(relevance, 1.0, 1.0)]
+
+
+class WSquare(_WeightsAlone, kw_only=True):
+    """LRP-w²: ``R_i = Σ_j w_ij² R_j / (Σ_i w_ij² + b_j²)``, for unbounded inputs (Montavon et al., 2017)."""
+
+    def modify(self, linear: LinearMap) -> LinearMap:
+        """``x := 1, w := w², b := b²``."""
+        return dataclasses.replace(
+            linear,
+            exact=False,
+            inputs=tuple(map(jnp.ones_like, linear.inputs)),
+            weights=tuple(map(jnp.square, linear.weights)),
+            bias=None if linear.bias is None else jnp.square(linear.bias),
+        )
+
+
+class Flat(_WeightsAlone, kw_only=True):
+    """LRP-flat: every input of an output gets the same, ``x := 1, w := 1, b := 0`` (Lapuschkin et al., 2019)."""
+
+    def modify(self, linear: LinearMap) -> LinearMap:
+        """``x := 1, w := 1, b := 0``."""
+        return dataclasses.replace(
+            linear,
+            exact=False,
+            inputs=tuple(map(jnp.ones_like, linear.inputs)),
+            weights=tuple(map(jnp.ones_like, linear.weights)),
+            bias=None,
+        )
+
+
+class ZBox(Rule, kw_only=True):
+    """LRP-z^B for inputs in a box ``[low, high]``, such as pixels (Montavon et al., 2017).
+
+    ``R_i = Σ_j (x_i w_ij - l_i w⁺_ij - h_i w⁻_ij) R_j / Σ_i' (the same)``. The bias cancels.
+
+    Attributes:
+        low: smallest possible input, a number or an array that broadcasts to the layer's input.
+        high: largest possible input.
+        epsilon: stabiliser of the denominators.
+
+    >>> import jax.numpy as jnp, jaxlrp
+    >>> rule = jaxlrp.ZBox(low=0.0, high=1.0)
+    >>> explain = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Composite.uniform(rule))
+    >>> relevance = explain(jnp.array([0.5, 0.5]), jnp.array([[2.0], [-1.0]]))
+    >>> [round(float(r), 3) for r in relevance]
+    [0.333, 0.167]
+    """
+
+    low: Any = struct.field(kw_only=False)
+    high: Any = struct.field(kw_only=False)
+    epsilon: Any = 1e-6
+
+    def __post_init__(self) -> None:
+        if isinstance(self.low, (int, float)) and isinstance(self.high, (int, float)) and self.low > self.high:
+            raise ValueError(f"low must not exceed high, got low={self.low} and high={self.high}")
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """``x w - l w⁺ - h w⁻``, normalised for every output."""
+        linear = call.linear
+        low, high = self._box(call)
+        sums, transpose = self._sums(linear, low, high)
+        back = transpose(ratio(relevance[0], stabilise(sums, self.epsilon)))
+        return tuple(
+            x * a + lo * b + hi * c for x, lo, hi, a, b, c in zip(linear.inputs, low, high, *back, strict=True)
+        )
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """What the stabiliser takes."""
+        sums, _ = self._sums(call.linear, *self._box(call))
+        kept = ratio(relevance[0], stabilise(sums, self.epsilon)) * sums
+        empty = sums == 0
+        missing = relevance[0] - kept
+        return {
+            "stabiliser": total(jnp.where(empty, 0.0, missing)),
+            "dropped sign": total(jnp.where(empty, missing, 0.0)),
+        }
+
+    def _box(self, call: LayerCall) -> tuple[Arrays, Arrays]:
+        def corner(bound: Any, name: str) -> Arrays:
+            try:
+                return tuple(jnp.broadcast_to(jnp.asarray(bound, x.dtype), x.shape) for x in call.linear.inputs)
+            except ValueError as error:
+                shapes = ", ".join(str(x.shape) for x in call.linear.inputs)
+                raise ValueError(
+                    f"ZBox: {name} of shape {jnp.shape(bound)} does not broadcast to the input {shapes} "
+                    f"of layer '{call.layer.name}'"
+                ) from error
+
+        return corner(self.low, "low"), corner(self.high, "high")
+
+    @staticmethod
+    def _sums(linear: LinearMap, low: Arrays, high: Arrays) -> tuple[jax.Array, Any]:
+        w = linear.weights
+        up, down = tuple(jnp.maximum(a, 0.0) for a in w), tuple(jnp.minimum(a, 0.0) for a in w)
+        f = linear.apply
+        return jax.vjp(lambda x, lo, hi: f(x, w) - f(lo, up) - f(hi, down), linear.inputs, low, high)

@@ -1,0 +1,319 @@
+"""Rules that split a linear layer's contributions by sign.
+
+Write ``c_ij = x_i w_ij`` for what input ``i`` contributes to output ``j``, ``c⁺ = max(c, 0)``, ``c⁻ = min(c, 0)``, and
+``P_j = Σ_i c⁺_ij + b⁺_j``, ``N_j = Σ_i c⁻_ij + b⁻_j``, so that ``z = P + N``. Every rule here is a short list of
+*shares* ``(ρ, p, n)``: a part ``ρ_j`` of the relevance that is handed out in proportion to ``p c⁺ + n c⁻``:
+
+    R_i = Σ_shares Σ_j (p c⁺_ij + n c⁻_ij) ρ_j / stab(p P_j + n N_j)
+
+=============  ==========================================
+rule           shares
+=============  ==========================================
+0, epsilon     (R, 1, 1)
+z+             (R, 1, 0)
+alpha-beta     (αR, 1, 0) and (-βR, 0, 1)
+gamma          (R [z > 0], 1+γ, 1) and (R [z < 0], 1, 1+γ)
+=============  ==========================================
+
+The split of the contributions is never formed: with ``x⁺, x⁻, w⁺, w⁻`` the sums over ``c⁺`` and ``c⁻`` are
+``f(x⁺, w⁺) + f(x⁻, w⁻)`` and ``f(x⁺, w⁻) + f(x⁻, w⁺)``, so one share costs one or two runs of the layer and their
+transposes, one where the inputs are known to be nonnegative.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ..linear import LinearMap
+from ._base import Arrays, LayerCall, Losses, Rule, ratio, stabilise, total
+
+Factor = float | jax.Array
+Share = tuple[jax.Array, Factor, Factor]
+Bias = Literal["absorb", "ignore", "redistribute"]
+
+
+class SplitRule(Rule, kw_only=True):
+    """Base of all rules that hand out relevance in proportion to signed contributions.
+
+    A rule of your own is one line:
+
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> class Damped(jaxlrp.SplitRule):  # negative contributions count half
+        ...     def shares(self, relevance, z):
+        ...         return [(relevance, 1.0, 0.5)]
+        >>> layer = lambda x, w: x @ w
+        >>> explain = jaxlrp.lrp(layer, jaxlrp.Composite.uniform(Damped()))
+        >>> relevance = explain(jnp.array([1.0, 1.0]), jnp.array([[3.0], [-2.0]]))
+        >>> [round(float(r), 3) for r in relevance]
+        [1.5, -0.5]
+
+    Attributes:
+        epsilon: stabiliser added to denominators with their sign: a number >= 0, an array that broadcasts to the
+            layer's
+            output, or a function of the denominators (a `jax.tree_util.Partial` if the rule is to cross `jax.jit`).
+        clip: let denominators have at least the size epsilon instead of adding it.
+        norm_scale: epsilon is relative to the root mean square of the denominators over one sample.
+        bias: what becomes of the share that the bias would get. ``"absorb"``: it is lost there, the textbook's way.
+            ``"ignore"``: the bias is left out of the denominators. ``"redistribute"``: its share and the stabiliser's
+            are spread over the inputs in proportion to the size of their contributions, so that the sum is conserved.
+    """
+
+    epsilon: Any = 1e-6
+    clip: bool = struct.field(pytree_node=False, default=False)
+    norm_scale: bool = struct.field(pytree_node=False, default=False)
+    bias: Bias = struct.field(pytree_node=False, default="absorb")
+
+    def __post_init__(self) -> None:
+        if self.bias not in ("absorb", "ignore", "redistribute"):
+            raise ValueError(f'bias must be "absorb", "ignore" or "redistribute", not {self.bias!r}')
+        if isinstance(self.epsilon, (int, float)) and not self.epsilon >= 0:
+            raise ValueError(f"epsilon must be at least 0, not {self.epsilon}")
+
+    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
+        """The rule itself: parts ``(ρ, p, n)`` of the relevance, see the module's docstring."""
+        raise NotImplementedError
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """``R_i = Σ (p c⁺ + n c⁻) ρ / stab(p P + n N)``."""
+        linear = self.modify(call.linear)
+        if self.bias == "redistribute":
+            return self._redistributed(linear, relevance[0])
+        parts = [flow.pull(flow.coefficient) for flow in self._flows(linear, relevance[0])]
+        return tuple(functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True))
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """Bias, stabiliser, and what had no contribution of the right sign to go to."""
+        (arrived,) = relevance
+        linear = self.modify(call.linear)
+        if self.bias == "redistribute":
+            kept = self._redistributed_share(linear, arrived)
+            return {"dropped sign": total(arrived - kept)}
+        zero = jnp.zeros((), arrived.dtype)
+        losses = {"bias": zero, "stabiliser": zero, "dropped sign": zero}
+        handed = jnp.zeros_like(arrived)
+        for flow in self._flows(linear, arrived):
+            missing = flow.share - flow.coefficient * flow.denominator
+            empty = flow.denominator == 0
+            losses["bias"] += total(flow.coefficient * flow.bias)
+            losses["stabiliser"] += total(jnp.where(empty, 0.0, missing))
+            losses["dropped sign"] += total(jnp.where(empty, missing, 0.0))
+            handed += flow.share
+        losses["dropped sign"] += total(arrived - handed)
+        return losses
+
+    def modify(self, linear: LinearMap) -> LinearMap:
+        """Other inputs, weights or bias to compute contributions from; the layer's own by default."""
+        return linear
+
+    # -- one share at a time -------------------------------------------------------------------------------------
+
+    def _flows(self, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
+        for share, p, n in self.shares(relevance, linear.output):
+            sums, pull = _contributions(linear, p, n)
+            bias = jnp.zeros_like(sums)
+            if linear.bias is not None and self.bias == "absorb":
+                bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
+                # z is known from the forward pass; XLA then drops the second run of the layer
+                sums = linear.output if linear.exact and _is_one(p) and _is_one(n) else sums + bias
+            elif linear.bias is None and linear.exact and _is_one(p) and _is_one(n):
+                sums = linear.output
+            coefficient = ratio(share, self._stab(sums, linear))
+            yield _Flow(share, coefficient, sums, bias, pull)
+
+    def _stab(self, z: jax.Array, linear: LinearMap) -> jax.Array:
+        return stabilise(z, self.epsilon, clip=self.clip, norm_scale=self.norm_scale, features=linear.features)
+
+    # -- conserving the sum exactly ----------------------------------------------------------------------------------
+
+    def _redistribution(self, linear: LinearMap, relevance: jax.Array) -> tuple[Any, ...]:
+        positive, pull_positive = _contributions(linear, 1.0, 0.0)
+        negative, pull_negative = _contributions(linear, 0.0, 1.0)
+        bias = 0.0 if linear.bias is None else linear.bias
+        plus = minus = jnp.zeros_like(relevance)
+        for share, p, n in self.shares(relevance, linear.output):
+            sums = p * (positive + jnp.maximum(bias, 0.0)) + n * (negative + jnp.minimum(bias, 0.0))
+            coefficient = ratio(share, self._stab(sums, linear))
+            plus, minus = plus + p * coefficient, minus + n * coefficient
+        missing = relevance - plus * positive - minus * negative
+        size = jnp.abs(plus) * positive - jnp.abs(minus) * negative
+        spread = ratio(missing, size)
+        plus, minus = plus + jnp.abs(plus) * spread, minus - jnp.abs(minus) * spread
+        return positive, negative, plus, minus, pull_positive, pull_negative
+
+    def _redistributed(self, linear: LinearMap, relevance: jax.Array) -> Arrays:
+        _, _, plus, minus, pull_positive, pull_negative = self._redistribution(linear, relevance)
+        return tuple(a + b for a, b in zip(pull_positive(plus), pull_negative(minus), strict=True))
+
+    def _redistributed_share(self, linear: LinearMap, relevance: jax.Array) -> jax.Array:
+        positive, negative, plus, minus, *_ = self._redistribution(linear, relevance)
+        return plus * positive + minus * negative
+
+
+class _Flow(NamedTuple):
+    share: jax.Array  # ρ
+    coefficient: jax.Array  # ρ / stab(p P + n N)
+    denominator: jax.Array  # p P + n N
+    bias: jax.Array  # the bias's part of the denominator
+    pull: Callable[[jax.Array], Arrays]  # coefficients -> relevance of the inputs
+
+
+def _contributions(linear: LinearMap, p: Factor, n: Factor) -> tuple[jax.Array, Callable[[jax.Array], Arrays]]:
+    """``Σ_i p c⁺ + n c⁻`` for every output, and the function that hands coefficients back to the inputs."""
+    x, w, f = linear.inputs, linear.weights, linear.apply
+    if p is n or (_static(p) and _static(n) and p == n):
+        weights = w if _is_one(p) else tuple(p * a for a in w)
+        sums, transpose = jax.vjp(lambda x: f(x, weights), x)
+        return sums, lambda s: _times(x, transpose(s)[0])
+    own, swapped = tuple(_mix(p, a, n) for a in w), tuple(_mix(n, a, p) for a in w)
+    if linear.nonnegative:
+        sums, transpose = jax.vjp(lambda x: f(x, own), x)
+        return sums, lambda s: _times(x, transpose(s)[0])
+    up, down = tuple(jnp.maximum(a, 0.0) for a in x), tuple(jnp.minimum(a, 0.0) for a in x)
+    sums, transpose = jax.vjp(lambda u, d: f(u, own) + f(d, swapped), up, down)
+
+    def pull(s: jax.Array) -> Arrays:
+        back_up, back_down = transpose(s)
+        return tuple(a + b for a, b in zip(_times(up, back_up), _times(down, back_down), strict=True))
+
+    return sums, pull
+
+
+def _times(x: Arrays, y: Arrays) -> Arrays:
+    return tuple(a * b for a, b in zip(x, y, strict=True))
+
+
+def _mix(p: Factor, w: jax.Array, n: Factor) -> jax.Array:
+    """``p w⁺ + n w⁻``."""
+    parts = []
+    if not _is_zero(p):
+        parts.append(jnp.maximum(w, 0.0) if _is_one(p) else p * jnp.maximum(w, 0.0))
+    if not _is_zero(n):
+        parts.append(jnp.minimum(w, 0.0) if _is_one(n) else n * jnp.minimum(w, 0.0))
+    return sum(parts[1:], parts[0]) if parts else jnp.zeros_like(w)
+
+
+def _static(factor: Any) -> bool:
+    return isinstance(factor, (int, float))
+
+
+def _is_zero(factor: Any) -> bool:
+    return _static(factor) and factor == 0
+
+
+def _is_one(factor: Any) -> bool:
+    return _static(factor) and factor == 1
+
+
+class Zero(SplitRule, kw_only=True):
+    """LRP-0: ``R_i = Σ_j c_ij R_j / z_j``, and nothing where ``z_j = 0`` (Bach et al., 2015).
+
+    On layers that are not linear it is the first-order Taylor term: ``x_i`` times the derivative of the output along
+    it.
+
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> explain = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Composite.uniform(jaxlrp.Zero()))
+        >>> explain(jnp.array([1.0, 2.0]), jnp.array([[3.0], [1.0]]))
+        Array([3., 2.], dtype=float32)
+    """
+
+    epsilon: Any = struct.field(pytree_node=False, default=0.0)
+
+    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
+        """All of it, in proportion to all contributions."""
+        return [(relevance, 1.0, 1.0)]
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """As for every split rule; a Taylor term where the layer is not linear."""
+        if call.layer.linear is not None:
+            return super().fold(call, *relevance)
+        seeds = [ratio(r, self._stab_plain(z)) for r, z in zip(relevance, call.outputs, strict=True)]
+        # a masked input (-inf before a softmax) contributes nothing
+        return tuple(jnp.where(jnp.isfinite(x), x, 0.0) * g for x, g in zip(call.inputs, call.vjp(*seeds), strict=True))
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """Named losses of a linear layer; of others, what the Taylor term leaves out."""
+        if call.layer.linear is not None:
+            return super().losses(call, *relevance)
+        arrived = sum(map(total, relevance), jnp.zeros(()))
+        return {"nonlinearity": arrived - sum(map(total, self.fold(call, *relevance)), jnp.zeros(()))}
+
+    def _stab_plain(self, z: jax.Array) -> jax.Array:
+        features = tuple(range(max(z.ndim - 1, 0), z.ndim))
+        return stabilise(z, self.epsilon, clip=self.clip, norm_scale=self.norm_scale, features=features)
+
+
+class Epsilon(Zero):
+    """LRP-epsilon: ``R_i = Σ_j c_ij R_j / (z_j + ε sign z_j)`` (Bach et al., 2015).
+
+    >>> import jaxlrp
+    >>> print(jaxlrp.Epsilon(0.25, norm_scale=True))
+    Epsilon(epsilon=0.25, norm_scale=True)
+    """
+
+    epsilon: Any = struct.field(default=1e-6, kw_only=False)
+
+
+class Norm(Epsilon):
+    """The epsilon rule under the name it has for weightless sums and average pools (zennit's Norm)."""
+
+
+class ZPlus(SplitRule, kw_only=True):
+    """LRP-z+: positive contributions alone, ``R_i = Σ_j c⁺_ij R_j / P_j`` (Montavon et al., 2017).
+
+    The same as alpha 1, beta 0: negative inputs with negative weights contribute positively.
+    """
+
+    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
+        """All of it to positive contributions."""
+        return [(relevance, 1.0, 0.0)]
+
+
+class AlphaBeta(SplitRule, kw_only=True):
+    """LRP-αβ: ``R_i = Σ_j (α c⁺_ij / P_j - β c⁻_ij / N_j) R_j`` with ``α - β = 1`` (Bach et al., 2015).
+
+    Raises:
+        ValueError: alpha or beta is negative, or ``alpha - beta`` is not 1.
+    """
+
+    alpha: Any = struct.field(default=2.0, kw_only=False)
+    beta: Any = struct.field(default=1.0, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        static = _static(self.alpha) and _static(self.beta)
+        if static and (self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-6):
+            raise ValueError(f"alpha and beta must be at least 0 and alpha - beta 1, not {self.alpha}, {self.beta}")
+
+    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
+        """Alpha to positive contributions, minus beta to negative ones."""
+        shares: list[Share] = [(self.alpha * relevance, 1.0, 0.0)]
+        if not _is_zero(self.beta):
+            shares.append((-self.beta * relevance, 0.0, 1.0))
+        return shares
+
+
+class Gamma(SplitRule, kw_only=True):
+    """LRP-γ: contributions of the output's own sign count ``1 + γ`` times (Montavon et al., 2019).
+
+    In the generalised form of Andéol et al. (2021), which is right for negative inputs and outputs too:
+    ``R_i = Σ_{z_j>0} (c_ij + γ c⁺_ij) R_j / (z_j + γ P_j) + Σ_{z_j<0} (c_ij + γ c⁻_ij) R_j / (z_j + γ N_j)``.
+    """
+
+    gamma: Any = struct.field(default=0.25, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _static(self.gamma) and not self.gamma >= 0:
+            raise ValueError(f"gamma must be at least 0, not {self.gamma}")
+
+    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
+        """Positive outputs favour positive contributions, negative outputs negative ones."""
+        more = 1.0 + self.gamma
+        return [(jnp.where(z > 0, relevance, 0.0), more, 1.0), (jnp.where(z < 0, relevance, 0.0), 1.0, more)]

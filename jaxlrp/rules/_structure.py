@@ -1,0 +1,170 @@
+"""Rules for all that is not a weighted sum: activations, moves, picks, residual sums, products, normalisations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ..errors import RuleError
+from ._base import Arrays, LayerCall, Losses, Rule, ratio, stabilise, total, unbroadcast
+
+
+class Pass(Rule):
+    """``R_in = R_out``: the output is caused by that one input alone (activations, lone BatchNorms)."""
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """The same relevance, summed where the operation repeated its input."""
+        if len(call.layer.inputs) != 1 or len(relevance) != 1:
+            raise RuleError(
+                f"Pass() hands relevance from one output to one input, but layer '{call.layer.name}' "
+                f"({call.layer.kind}/{call.layer.op}) has {len(call.layer.inputs)} inputs and {len(relevance)} outputs"
+            )
+        (out,), (value,) = relevance, call.layer.inputs
+        if out.size < value_size(value.shape):
+            raise RuleError(
+                f"Pass() needs an output as large as the input, but layer '{call.layer.name}' "
+                f"({call.layer.kind}/{call.layer.op}) maps {value.shape} to {out.shape}"
+            )
+        return (unbroadcast(out, value.shape).reshape(value.shape),)
+
+
+def value_size(shape: tuple[int, ...]) -> int:
+    """Number of entries of an array of this shape."""
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+class Route(Rule):
+    """Relevance follows its value: along the transpose of a move, or to the winner of a pick.
+
+    Ties of a maximum are split the way the operation's own derivative splits them. What comes from a
+    constant (padding, a masked entry) is lost, and named.
+    """
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """``J^T R``, where every entry of ``J`` is 0 or 1 (or a share of a tie)."""
+        return call.vjp(*relevance)
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """What went to constants: zero for layers that have none."""
+        constants = any(
+            not v.depends and jnp.issubdtype(v.dtype, jnp.floating) for e in call.layer.equations for v in e.inputs
+        )
+        if not constants and call.layer.op not in ("slice", "gather", "dynamic_slice"):
+            return {}
+        arrived = sum(map(total, relevance), jnp.zeros(()))
+        return {"constant": arrived - sum(map(total, self.fold(call, *relevance)), jnp.zeros(()))}
+
+
+class Residual(Rule, kw_only=True):
+    """A sum of two branches ``a + b`` shared by a policy of your choice.
+
+    ============  ======================================================
+    policy        share of ``a``
+    ============  ======================================================
+    ``ratio``     ``a / (a + b)``, signed (the epsilon rule; the default everywhere)
+    ``abs``       ``|a| / (|a| + |b|)``: never negative or larger than 1, cures blow-ups where branches cancel
+    ``equal``     ``1/2``
+    ``branch``    all to one side: ``branch=0`` is the first summand
+    ============  ======================================================
+
+    >>> import jax.numpy as jnp, jaxlrp
+    >>> composite = jaxlrp.Composite((jaxlrp.kind("add"), jaxlrp.Residual("abs")))
+    >>> jaxlrp.lrp(lambda ab: ab[0] + ab[1], composite)((jnp.array(3.0), jnp.array(-1.0)))
+    (Array(1.5, dtype=float32), Array(0.5, dtype=float32))
+    """
+
+    policy: Literal["ratio", "abs", "equal", "branch"] = struct.field(pytree_node=False, default="ratio", kw_only=False)
+    branch: int = struct.field(pytree_node=False, default=0)
+    epsilon: Any = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("ratio", "abs", "equal", "branch"):
+            raise ValueError(f'policy must be "ratio", "abs", "equal" or "branch", not {self.policy!r}')
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """Share the relevance of the sum among its summands."""
+        (out,) = relevance
+        terms = self._terms(call)
+        if self.policy == "branch" and not 0 <= self.branch < len(terms):
+            raise RuleError(f"layer '{call.layer.name}' has {len(terms)} summands and no branch {self.branch}")
+        shares = [unbroadcast(out * part, x.shape) for part, x in zip(self._parts(terms), call.inputs, strict=True)]
+        return tuple(shares)
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """What the stabiliser takes."""
+        parts = sum(self._parts(self._terms(call)), jnp.zeros(()))
+        return {"stabiliser": total(relevance[0] * (1.0 - parts))}
+
+    def _terms(self, call: LayerCall) -> Arrays:
+        if call.layer.op not in ("add", "sub", "add_any") or len(call.layer.inputs) != 2:
+            raise RuleError(
+                f"Residual() is for sums of two values, not for layer '{call.layer.name}' "
+                f"({call.layer.kind}/{call.layer.op}); use Epsilon() there"
+            )
+        linear = call.linear
+        return tuple(
+            jnp.broadcast_to(x * w, linear.output.shape) for x, w in zip(linear.inputs, linear.weights, strict=True)
+        )
+
+    def _parts(self, terms: Arrays) -> Arrays:
+        if self.policy == "equal":
+            return tuple(jnp.full_like(t, 1.0 / len(terms)) for t in terms)
+        if self.policy == "branch":
+            return tuple(jnp.full_like(t, float(i == self.branch)) for i, t in enumerate(terms))
+        sizes = tuple(map(jnp.abs, terms)) if self.policy == "abs" else terms
+        denominator = stabilise(sum(sizes[1:], sizes[0]), self.epsilon)
+        return tuple(ratio(s, denominator) for s in sizes)
+
+
+class EqualShare(Rule, kw_only=True):
+    """Equal shares for the factors of a product: ``R_a = a ∂(ab)/∂a R / stab(2 ab)`` (Achtibat et al., 2024).
+
+    For ``n`` factors each gets one n-th: half to the gate and half to the gated value, half to the attention
+    weights and half to the values. The numerator of a quotient gets all, its denominator nothing.
+    """
+
+    epsilon: Any = 1e-6
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """Input times derivative, divided among the factors."""
+        factors = len(call.inputs)
+        (out,), (z,) = relevance, call.outputs
+        if call.layer.op in ("div", "pow") and factors == 2:
+            back = call.vjp(ratio(out, stabilise(z, self.epsilon)))
+            return back[0] * call.inputs[0], jnp.zeros_like(call.inputs[1])
+        back = call.vjp(ratio(out, stabilise(factors * z, self.epsilon)))
+        return tuple(x * g for x, g in zip(call.inputs, back, strict=True))
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """What the stabiliser takes."""
+        (z,) = call.outputs
+        factors = len(call.inputs)
+        scaled = z if call.layer.op in ("div", "pow") and factors == 2 else factors * z
+        return {"stabiliser": total(relevance[0] - scaled * ratio(relevance[0], stabilise(scaled, self.epsilon)))}
+
+
+class HoldScale(Rule, kw_only=True):
+    """Normalisation with its scale held constant: ``R_i = x_i Σ_j ∂z_j/∂x_i R_j / stab(z_j)`` (Ali et al., 2022).
+
+    The statistic that divides (standard deviation, root mean square, norm) counts as a constant, the one
+    that is subtracted (mean) does not, so that the layer is linear and relevance does not vanish in it.
+    """
+
+    epsilon: Any = 1e-6
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """Input times derivative of the detached layer."""
+        seeds = [ratio(r, stabilise(z, self.epsilon)) for r, z in zip(relevance, call.outputs, strict=True)]
+        back = call.vjp(*seeds, hold_scale=True)
+        return tuple(x * g for x, g in zip(call.inputs, back, strict=True))
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """What the mean, the shift and the stabiliser take."""
+        arrived = sum(map(total, relevance), jnp.zeros(()))
+        return {"normalisation": arrived - sum(map(total, self.fold(call, *relevance)), jnp.zeros(()))}
