@@ -1,0 +1,5 @@
+"""``python -m jaxlrp``."""
+
+from .cli import main
+
+raise SystemExit(main())

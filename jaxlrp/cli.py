@@ -1,0 +1,105 @@
+"""The command line: ``jaxlrp explain`` and ``jaxlrp layers``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+
+from . import _explain
+from .composites import PRESETS
+from .errors import LRPError
+from .models import MODELS, UnknownClassError, UnknownModelError, WeightFileError
+from .plot import COLOUR_MAPS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 if everything was done, 1 if some photos were skipped, 2 if nothing could be done.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (LRPError, UnknownModelError, UnknownClassError, WeightFileError, _explain.CommandError) as error:
+        print(f"jaxlrp: error: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f'jaxlrp: error: {error} (the demo needs: pip install "jaxlrp[demo]")', file=sys.stderr)
+    except KeyboardInterrupt:
+        print("jaxlrp: interrupted", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxlrp", description="Explain what a network looked at.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    explain = commands.add_parser(
+        "explain",
+        help="explain photos: which pixels spoke for the predicted class",
+        description="Explain photos by layer-wise relevance propagation. For each photo an overlay, a signed heat map "
+        "and the raw relevance are written, and one contact sheet for all.",
+    )
+    explain.add_argument("photos", nargs="*", metavar="PHOTO", help="image files; left out: photos of scikit-image")
+    explain.add_argument("--out", default="jaxlrp-out", metavar="FOLDER", help="where to write (default: %(default)s)")
+    explain.add_argument(
+        "--target",
+        metavar="CLASS",
+        help="class name or index to explain (default: the predicted one of each photo)",
+    )
+    explain.add_argument(
+        "--compare",
+        action="store_true",
+        help="put gradient, gradient x input, integrated gradients and SmoothGrad beside it",
+    )
+    explain.add_argument(
+        "--layers",
+        nargs="?",
+        const=_explain.EVENLY,
+        metavar="GLOB",
+        help="also write heat maps at the inputs of hidden layers: --layers='blocks_3_*/project*'; "
+        "without a pattern, six spread over the depth",
+    )
+    explain.add_argument(
+        "--batch", type=_positive, default=8, metavar="N", help="photos per batch (default: %(default)s)"
+    )
+    explain.add_argument("--cmap", choices=COLOUR_MAPS, default=COLOUR_MAPS[0], help="colours (default: %(default)s)")
+    explain.set_defaults(run=_explain.explain)
+
+    layers = commands.add_parser("layers", help="print a model's layers and the rule that each one gets")
+    layers.set_defaults(run=_explain.layers)
+
+    for command in (explain, layers):
+        command.add_argument(
+            "--model",
+            default=next(iter(MODELS)),
+            metavar="NAME",
+            help=f"one of: {', '.join(MODELS)} (default: the first)",
+        )
+        command.add_argument(
+            "--composite",
+            default="epsilon_plus_flat",
+            metavar="NAME",
+            type=_composite,
+            help=f"one of: {', '.join((*PRESETS, 'epsilon_gamma_box'))} (default: %(default)s)",
+        )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return number
+
+
+def _composite(text: str) -> str:
+    known = (*PRESETS, "epsilon_gamma_box")
+    name = text.lower().replace("-", "_")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise argparse.ArgumentTypeError(f"unknown composite {text!r}{hint} Known: {', '.join(known)}")
+    return name
