@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from .transform import Setup, trace
 
 EVENLY = "evenly spread"
 _HIDDEN = 6  # heat maps of hidden layers when no pattern is given
+_BLOWN_UP = 10.0  # relevance that grew by more than this on its way is reported
 _PERCENTILE = 99.5  # the |relevance| that gets full colour: a single hot pixel must not pale the rest
 
 _NOISE = 0.15  # of SmoothGrad, as a share of the input's range
@@ -74,7 +75,7 @@ def layers(arguments: argparse.Namespace) -> int:
     model = get_model(arguments.model)
     module, variables = model.load()
     found = trace(module, variables, jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32))
-    print(_composite(arguments.composite, model).assign(found))
+    print(_composite(arguments, model).assign(found))
     print(f"\n{len(found)} layers")
     return 0
 
@@ -83,14 +84,12 @@ def explain(arguments: argparse.Namespace) -> int:
     """Explain photos and write what was found."""
     model = get_model(arguments.model)
     target = None if arguments.target is None else model.find_class(arguments.target)
-    out = _writable(arguments.out)
-    progress = _Progress()
-    with progress:
+    with _output_folder(arguments.out) as out, _Progress() as progress:
         photos, skipped = _read(arguments.photos, model, progress)
         if not photos:
             raise CommandError("none of the photos could be read")
         module, variables = model.load()
-        composite = _composite(arguments.composite, model)
+        composite = _composite(arguments, model)
         hidden = _hidden_layers(arguments.layers, module, variables, model)
         ledger, seconds = _run(module, variables, composite, photos, target, hidden, arguments.batch, progress)
         if arguments.compare:
@@ -106,22 +105,37 @@ def explain(arguments: argparse.Namespace) -> int:
 # -- before -----------------------------------------------------------------------------------------------------------
 
 
-def _composite(name: str, model: PretrainedImageModel) -> Composite:
+_WITHOUT_BIAS = ("guided_backprop", "deconvnet", "gradient")  # gradients know no share of a bias
+
+
+def _composite(arguments: argparse.Namespace, model: PretrainedImageModel) -> Composite:
+    name, bias = arguments.composite, arguments.bias
     if name == "epsilon_gamma_box":
-        return EpsilonGammaBox(model.low, model.high)
-    return PRESETS[name]()
+        return EpsilonGammaBox(model.low, model.high, bias=bias)
+    if name in _WITHOUT_BIAS:
+        if bias != "absorb":
+            raise CommandError(f"--bias={bias} means nothing to {name}: it folds gradients, not relevance")
+        return PRESETS[name]()
+    return PRESETS[name](bias=bias)
 
 
-def _writable(folder: str) -> Path:
-    """The output folder, tried before any work is done."""
-    path = Path(folder)
+@contextmanager
+def _output_folder(folder: str) -> Iterator[Path]:
+    """The output folder, tried before any work is done, and gone again if it was made for nothing."""
+    path, made = Path(folder), not Path(folder).exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise CommandError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
-    return path
+    try:
+        yield path
+    except BaseException:
+        if made:
+            with suppress(OSError):  # not empty: an earlier photo was written whole
+                path.rmdir()
+        raise
 
 
 def _read(paths: Sequence[str], model: PretrainedImageModel, progress: _Progress) -> tuple[list[Photo], list[str]]:
@@ -341,7 +355,17 @@ def _report(photos: Sequence[Photo], model: PretrainedImageModel, ledger: Ledger
     print(table(("photo", "class", "probability", "explained"), rows, right=[2]))
     print()
     print(_kept(ledger))
+    for photo, start, end in zip(photos, np.ravel(ledger.start), np.ravel(ledger.end), strict=True):
+        if abs(end) > _BLOWN_UP * abs(start):
+            print(
+                f"warning: relevance of {photo.name} grew from {start:.4g} to {end:.4g}: positive and negative parts "
+                "cancel in a denominator, so its map means little; try --composite=epsilon_plus_flat or --bias=absorb"
+            )
     print(f"\ncompiled in {seconds.compile:.1f} s, {seconds.per_photo:.3f} s per photo")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1f} %" if abs(share) < 1e5 else f"{share:.1g} %"
 
 
 def _kept(ledger: Ledger) -> str:
@@ -359,26 +383,25 @@ def _kept(ledger: Ledger) -> str:
             whole += 1
             continue
         share = 100 * handed[i] / arrived[i] if arrived[i] else 0.0
-        why = ", ".join(f"{n} {v:+.3f}" for n, v in lost.items())
+        why = ", ".join(f"{n} {v:+.4g}" for n, v in lost.items())
         rows.append(
             [
                 ledger.layers[i],
                 ledger.rules[i],
-                f"{arrived[i]:.3f}",
-                f"{handed[i]:.3f}",
-                f"{share:.1f} %",
+                f"{arrived[i]:.4g}",
+                f"{handed[i]:.4g}",
+                _percent(share),
                 why,
             ]
         )
     start, end = float(np.mean(ledger.start)), float(np.mean(ledger.end))
     share = 100 * end / start if start else 0.0
-    rows.append(["output to input", "", f"{start:.3f}", f"{end:.3f}", f"{share:.1f} %", ""])
+    rows.append(["output to input", "", f"{start:.4g}", f"{end:.4g}", _percent(share), ""])
     text = table(("layer", "rule", "relevance in", "out", "kept", "lost to"), rows, right=[2, 3, 4])
     return f"{text}\n{whole} further layers kept all of it"
 
 
-# -- progress
-# -----------------------------------------------------------------------------------------------------------
+# -- progress --------------------------------------------------------------------------------------------------------
 
 
 class _Progress:

@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (explain, layers):
         command.add_argument(
+            "--bias",
+            choices=("absorb", "ignore", "redistribute"),
+            default="absorb",
+            help="what becomes of the share of biases: lost, left out, spread over inputs (default: %(default)s)",
+        )
+        command.add_argument(
             "--model",
             default=next(iter(MODELS)),
             metavar="NAME",

@@ -34,6 +34,7 @@ from .rules import (
     Zero,
     ZPlus,
 )
+from .rules._split import Bias
 from .tables import table
 
 # -- selectors ---------------------------------------------------------------------------------------------------------
@@ -199,8 +200,7 @@ def _closest(wanted: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(map(repr, near))}?{more}" if near else ""
 
 
-# -- composites
-# ----------------------------------------------------------------------------------------------------------
+# -- composites --------------------------------------------------------------------------------------------------------
 
 #: What a layer gets that no entry speaks of. Linear layers have no default: which rule they get is what a composite
 #: is for.
@@ -339,42 +339,48 @@ def as_composite(composite: Composite | Rule | None) -> Composite:
     return composite
 
 
-# -- presets
-# ---------------------------------------------------------------------------------------------------------------
+# -- presets -----------------------------------------------------------------------------------------------------------
 
 
-def EpsilonPlus(epsilon: Any = 1e-6) -> Composite:
+# ``bias`` is that of every rule in the preset, see `SplitRule`: "absorb", "ignore" or "redistribute".
+
+
+def EpsilonPlus(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
     """z+ for convolutions, epsilon for dense layers: the default."""
-    return Composite((kind("linear"), Epsilon(epsilon)), (kind("conv"), ZPlus()))
+    return Composite((kind("linear"), Epsilon(epsilon, bias=bias)), (kind("conv"), ZPlus(bias=bias)))
 
 
-def EpsilonPlusFlat(epsilon: Any = 1e-6) -> Composite:
+def EpsilonPlusFlat(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
     """`EpsilonPlus` with the flat rule at the first layer: smooth maps that say where, not which pixel."""
-    return EpsilonPlus(epsilon).extend((first("linear"), Flat()))
+    return EpsilonPlus(epsilon, bias=bias).extend((first("linear"), Flat()))
 
 
-def EpsilonGammaBox(low: Any, high: Any, epsilon: Any = 1e-6, gamma: Any = 0.25) -> Composite:
+def EpsilonGammaBox(low: Any, high: Any, epsilon: Any = 1e-6, gamma: Any = 0.25, *, bias: Bias = "absorb") -> Composite:
     """z^B for the first convolution, gamma for the others, epsilon for dense layers (Montavon et al., 2019).
 
     ``low`` and ``high`` are the smallest and largest possible inputs *after* preprocessing, numbers or arrays that
     broadcast.
     """
-    return Composite((kind("linear"), Epsilon(epsilon)), (kind("conv"), Gamma(gamma)), (first("conv"), ZBox(low, high)))
+    return Composite(
+        (kind("linear"), Epsilon(epsilon, bias=bias)),
+        (kind("conv"), Gamma(gamma, bias=bias)),
+        (first("conv"), ZBox(low, high)),
+    )
 
 
-def EpsilonAlpha2Beta1(epsilon: Any = 1e-6) -> Composite:
+def EpsilonAlpha2Beta1(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
     """Alpha 2, beta 1 for convolutions, epsilon for dense layers."""
-    return Composite((kind("linear"), Epsilon(epsilon)), (kind("conv"), AlphaBeta(2.0, 1.0)))
+    return Composite((kind("linear"), Epsilon(epsilon, bias=bias)), (kind("conv"), AlphaBeta(2.0, 1.0, bias=bias)))
 
 
-def EpsilonAlpha2Beta1Flat(epsilon: Any = 1e-6) -> Composite:
+def EpsilonAlpha2Beta1Flat(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
     """`EpsilonAlpha2Beta1` with the flat rule at the first layer (Kohlbrenner et al., 2020)."""
-    return EpsilonAlpha2Beta1(epsilon).extend((first("linear"), Flat()))
+    return EpsilonAlpha2Beta1(epsilon, bias=bias).extend((first("linear"), Flat()))
 
 
-def ExcitationBackprop() -> Composite:
+def ExcitationBackprop(*, bias: Bias = "absorb") -> Composite:
     """z+ for every linear layer, derivatives of activations (Zhang et al., 2016)."""
-    return Composite((kind("linear"), ZPlus()), (kind("activation"), Gradient()))
+    return Composite((kind("linear"), ZPlus(bias=bias)), (kind("activation"), Gradient()))
 
 
 def GradientComposite() -> Composite:
@@ -392,9 +398,13 @@ def DeconvNet() -> Composite:
     return GradientComposite().extend((kind("relu"), DeconvNetReLU()))
 
 
+def _epsilon(*, bias: Bias = "absorb") -> Composite:
+    return Composite.uniform(Epsilon(bias=bias))
+
+
 #: Every preset that needs no arguments, by the name it goes by on the command line.
-PRESETS: dict[str, Callable[[], Composite]] = {
-    "epsilon": lambda: Composite.uniform(Epsilon()),
+PRESETS: dict[str, Callable[..., Composite]] = {
+    "epsilon": _epsilon,
     "epsilon_plus": EpsilonPlus,
     "epsilon_plus_flat": EpsilonPlusFlat,
     "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,

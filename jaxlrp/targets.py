@@ -176,4 +176,4 @@ def _mask(output: jax.Array, index: Any) -> jax.Array:
     if _compat.is_concrete(index) and bool(jnp.any((index < 0) | (index >= classes))):
         bad = np.asarray(index)[np.asarray((index < 0) | (index >= classes))]
         raise InputError(f"class {bad.ravel()[0]} is out of range: the model has classes 0 to {classes - 1}")
-    return jax.nn.one_hot(index, classes, dtype=output.dtype)
+    return jnp.broadcast_to(jax.nn.one_hot(index, classes, dtype=output.dtype), output.shape)
