@@ -45,6 +45,8 @@ def as_function(model: Any) -> Adapted:
         return _linen(model)
     if isinstance(model, nnx.Module):
         return _nnx(model)
+    if isinstance(model, type):
+        raise TypeError(f"{model.__name__} is a class; give an instance of it as model: {model.__name__}(...)")
     if callable(model):
         return Adapted(model, 0)
     raise TypeError(

@@ -19,7 +19,6 @@ import jax
 import jax.core
 from jax import lax
 from jax.extend import core as _core
-from jax.extend import source_info_util as _source
 from jax.extend.core import primitives as _primitives
 
 Primitive = _core.Primitive
@@ -109,13 +108,17 @@ _LIBRARIES = tuple(
 )
 
 
-def source_line(equation: Any) -> str:
-    """The model's source line behind an equation, not Flax's or jax's own: ``"file.py:12 (function)"``."""
+def user_frames(equation: Any) -> list[tuple[str, str]]:
+    """Where the model's own code made an equation, innermost first: pairs of ``"file.py:12"`` and function name.
+
+    Frames of jax, Flax and jaxlrp are left out: the reader wants the line of the model.
+    """
     traceback = getattr(equation.source_info, "traceback", None)
-    for frame in getattr(traceback, "frames", ()):
-        if not frame.file_name.startswith(_LIBRARIES):
-            return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
-    return _source.summarize(equation.source_info)
+    return [
+        (f"{os.path.basename(frame.file_name)}:{frame.line_num}", frame.function_name)
+        for frame in getattr(traceback, "frames", ())
+        if not frame.file_name.startswith(_LIBRARIES)
+    ]
 
 
 def is_concrete(value: Any) -> bool:

@@ -23,6 +23,7 @@ RESHAPE = primitives("reshape", "squeeze", "transpose", "broadcast_in_dim", "exp
 TRANSPOSE = primitives("transpose")
 STOP_GRADIENT = primitives("stop_gradient")
 SQUARE_LIKE = primitives("square", "exp", "exp2", "abs", "logistic", "sqrt", "cosh")
+LOG = primitives("log", "log1p", "log2")
 EXP = primitives("exp", "exp2", "expm1")
 CUSTOM_CALLS = primitives("custom_jvp_call", "custom_vjp_call")
 

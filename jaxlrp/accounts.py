@@ -14,6 +14,7 @@ from . import _compat
 from .composites import Composite
 from .errors import ConservationError, InputError
 from .fold import Relevances, Step, at
+from .graph import widen
 from .rules import Rule, total
 from .tables import table
 from .targets import seed
@@ -168,7 +169,7 @@ def balance(forward: Forward, start: Any) -> tuple[Ledger, Relevances]:
 
 
 def _sum(parts: tuple[jax.Array, ...]) -> jax.Array:
-    return sum(map(total, parts), jnp.zeros(()))
+    return sum((total(widen(p)) for p in parts), jnp.zeros(()))
 
 
 def _stack(parts: list[jax.Array]) -> jax.Array:

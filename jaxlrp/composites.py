@@ -282,7 +282,7 @@ class Composite:
         assigned = []
         for layer, found in zip(layers, rules, strict=True):
             if layer.rule is not None:
-                found = (layer.rule, "custom_layer" if layer.kind == "custom" else "register_rule")
+                found = (layer.rule, "custom_layer" if layer.equations[0].custom else "register_rule")
             elif layer.kind == "softmax" and layer.final and layer.op == "softmax" and found and found[1] == "default":
                 # Relevance starts as the predicted probabilities and goes to the logits unchanged.
                 found = (Pass(), "final softmax")

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,7 +38,7 @@ class Value:
         return self.depends and bool(jnp.issubdtype(self.dtype, np.floating))
 
     def __repr__(self) -> str:
-        return f"{np.dtype(self.dtype).name if self.dtype != jax.dtypes.float0 else 'float0'}{list(self.shape)}"
+        return f"{self.dtype}{list(self.shape)}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -161,16 +160,36 @@ def trace_program(
         for v, e, p in zip(jaxpr.invars, explained, paths, strict=True)
     )
     equations: list[Equation] = []
-    outputs = _inline(jaxpr, consts, inputs, (), (), equations)
+    outputs = _inline(jaxpr, consts, inputs, _Place(), equations)
     return Program(_live(equations, [v for i, v in enumerate(outputs) if live_outputs(i)]), inputs, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in the model an equation stands: module path, functions it was inlined from, source line."""
+
+    scope: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
+    source: str = "an unknown line"
+
+    def enter(self, eqn: Any) -> _Place:
+        # Name stacks inside of a call are relative to it.
+        frames = _compat.user_frames(eqn)
+        # jax traces a library function such as jnp.where once: the lines inside are those of its first caller.
+        # They are worth more than the call's own line only if they lie inside of the called function.
+        inside = not self.calls or any(function.split(".")[-1] == self.calls[-1] for _, function in frames)
+        source = f"{frames[0][0]} ({frames[0][1]})" if frames and inside else self.source
+        return _Place(self.scope + _compat.scope(eqn), self.calls, source)
+
+    def named(self, call: str | None) -> _Place:
+        return dataclasses.replace(self, calls=(*self.calls, call)) if call else self
 
 
 def _inline(
     jaxpr: Any,
     consts: Sequence[Any],
     inputs: Sequence[Value],
-    scope: tuple[str, ...],
-    calls: tuple[str, ...],
+    place: _Place,
     into: list[Equation],
 ) -> tuple[Value, ...]:
     # An inner jaxpr is shared between its calls, so every visit makes new values for its variables.
@@ -186,28 +205,28 @@ def _inline(
 
     for eqn in jaxpr.eqns:
         operands = tuple(lookup(a) for a in eqn.invars)
-        # Inner name stacks are relative to the call; flax repeats nothing, so they simply join.
-        here = scope + _compat.scope(eqn)
+        here = place.enter(eqn)
         name = _compat.call_name(eqn)
         inner = _compat.inner_jaxpr(eqn)
         marked = registry.custom(name) if any(v.depends for v in operands) else None
         whole = marked is not None or (_compat.is_custom_call(eqn) and _stays_whole(eqn, operands))
         if inner is not None and not whole:
-            names = calls + ((name,) if name else ())
-            results = _inline(*inner, operands, here, names, into)
+            results = _inline(*inner, operands, here.named(name), into)
             known.update(zip(eqn.outvars, results, strict=True))
             continue
         if inner is not None:
             name = name or next(_call_names(inner[0]), None)
         outputs = tuple(_result(var.aval, eqn.primitive, operands) for var in eqn.outvars)
         known.update(zip(eqn.outvars, outputs, strict=True))
-        names = calls + ((name,) if name and inner is not None else ())
-        source = _compat.source_line(eqn)
+        if inner is not None:
+            here = here.named(name)
         body = None
         if inner is not None:
             inside: list[Equation] = []
-            body = Program(inside, operands, _inline(*inner, operands, here, names, inside))
-        into.append(Equation(eqn.primitive, eqn.params, operands, outputs, here, names, source, marked, body))
+            body = Program(inside, operands, _inline(*inner, operands, here, inside))
+        into.append(
+            Equation(eqn.primitive, eqn.params, operands, outputs, here.scope, here.calls, here.source, marked, body)
+        )
     return tuple(lookup(a) for a in jaxpr.outvars)
 
 

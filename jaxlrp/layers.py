@@ -20,8 +20,12 @@ times).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import jax.numpy as jnp
 
 from . import _primitives as P
 from .errors import NotDeterministicError, UnknownPrimitiveError, UnsupportedError
@@ -140,14 +144,13 @@ class _Walk:
             self.layer(taught[0], eqn.name, eqn, rule=taught[1])
         elif not any(v.depends for v in eqn.outputs):
             return
+        elif any(jnp.issubdtype(v.dtype, jnp.complexfloating) for v in eqn.outputs):
+            raise _unknown(eqn, "makes complex numbers and")
         elif prim in P.DOT or prim in P.CONV:
             if sum(v.depends for v in eqn.inputs) == 2:
                 self.layer("product", "matmul" if prim in P.DOT else "conv", eqn)
             else:
                 self.linear("linear", "dense" if prim in P.DOT else "conv", eqn)
-        elif prim in P.SELECT and not eqn.inputs[0].depends:
-            self.check_random(eqn, eqn.inputs[:1])
-            self.layer("move", "where", eqn)
         elif prim in P.ELEMENTWISE:
             self.elementwise(eqn)
         elif prim in P.REDUCTION and eqn not in self.learnt.pools:
@@ -191,7 +194,7 @@ class _Walk:
         elif prim in P.SELECT:
             self.layer("move", "where", eqn)
         else:
-            raise _unknown(eqn, two=True)
+            raise _unknown(eqn, "of two different values")
 
     def move(self, eqn: Equation) -> None:
         (first, *rest) = eqn.dependent
@@ -313,11 +316,24 @@ class _Walk:
 
     def region(self, segment: _Segment) -> Layer:
         eqns = tuple(segment.equations)
-        spec = None
-        if segment.kind == "scale":
-            spec = LinearSpec(None, eqns, (segment.start,), segment.end)
+        spec = LinearSpec(None, eqns, (segment.start,), segment.end) if segment.kind == "scale" else None
         inputs = (segment.start,) if segment.start.carries else ()
-        return Layer("", segment.kind, segment.op, inputs, (segment.end,), eqns, linear=spec, source=eqns[-1].source)
+        op = segment.op or self.activation_name(segment)
+        return Layer("", segment.kind, op, inputs, (segment.end,), eqns, linear=spec, source=eqns[-1].source)
+
+    def activation_name(self, segment: _Segment) -> str:
+        """The function that was called, if all of the segment and nothing beside it stands in it (silu)."""
+        common = functools.reduce(_common_start, (e.calls for e in segment.equations))
+        while common and common[-1].startswith(("_", "<")):
+            common = common[:-1]
+        beside = [self.program.producer.get(segment.start), *self.program.consumers.get(segment.end, ())]
+        if common and not any(e is not None and e.calls[: len(common)] == common for e in beside):
+            return common[-1]
+        return _name_by_operations(segment.equations)
+
+
+def _common_start(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _reachable(layers: list[Layer], program: Program) -> list[Layer]:
@@ -370,14 +386,15 @@ def _classify(segment: _Segment, statistic: dict[Value, bool]) -> tuple[str, str
     eqns = segment.equations
     if any(e.primitive in P.REDUCTION for e in eqns):
         if any(e.primitive in P.EXP and not statistic.get(e.outputs[0], False) for e in eqns):
-            logs = P.primitives("log", "log1p")
-            return "softmax", "log_softmax" if any(e.primitive in logs for e in eqns) else "softmax"
+            return "softmax", "log_softmax" if any(e.primitive in P.LOG for e in eqns) else "softmax"
         return "normalization", "normalization"
     (first, *more) = eqns
+    if not more and first.primitive in P.SELECT and not first.inputs[0].depends:
+        return "move", "where"
     if not more and _is_affine(first):
         literal = all(v.literal for v in first.inputs if not v.depends)
         return ("affine", "") if literal else ("scale", "scale")
-    return "activation", _activation_name(eqns)
+    return "activation", "relu" if _is_relu(eqns) else ""
 
 
 def _join(pieces: list[_Segment]) -> list[_Segment]:
@@ -389,13 +406,15 @@ def _join(pieces: list[_Segment]) -> list[_Segment]:
             previous.equations = previous.equations + piece.equations
             if previous.kind == "affine" and piece.kind != "affine":
                 previous.kind, previous.op = piece.kind, piece.op
-            elif piece.kind == "activation" and previous.kind == "activation":
-                previous.op = f"{previous.op}_{piece.op}"
+            elif previous.op == "log_softmax" and _is_exp(piece):
+                previous.op = "softmax"
+            elif previous.op == "softmax" and _is_log(piece):
+                previous.op = "log_softmax"
         else:
             joined.append(piece)
     for segment in joined:
         if segment.kind == "affine":  # scaling by numbers in the code: an activation like any other
-            segment.kind, segment.op = "activation", _activation_name(segment.equations)
+            segment.kind = "activation"
     return joined
 
 
@@ -403,9 +422,9 @@ def _join_normalisations(pieces: list[_Segment]) -> list[_Segment]:
     """Join the parts of one normalisation: ``x - max | exp | e / sum e`` and ``x - mean | c / sqrt(mean c^2)``."""
     joined: list[_Segment] = []
     for piece in pieces:
-        while joined and piece.kind in ("normalization", "softmax") and _leads_into(joined[-1]):
+        while piece.kind in ("normalization", "softmax") and joined and _leads_into(joined):
             lead = joined.pop()
-            is_softmax = "softmax" in (piece.kind, lead.kind) or lead.op == "exp"
+            is_softmax = "softmax" in (piece.kind, lead.kind) or _is_exp(lead)
             kind, op = ("softmax", "softmax") if is_softmax else (piece.kind, piece.op)
             op = "log_softmax" if "log_softmax" in (piece.op, lead.op) else op
             piece = _Segment(lead.start, piece.end, lead.equations + piece.equations, kind, op)
@@ -413,25 +432,38 @@ def _join_normalisations(pieces: list[_Segment]) -> list[_Segment]:
     return joined
 
 
-def _leads_into(lead: _Segment) -> bool:
-    """Whether a piece can only be the first part of the normalisation behind it."""
-    if lead.kind == "activation":
-        return len(lead.equations) == 1 and lead.equations[0].primitive in P.EXP
-    return lead.kind == "normalization" and lead.equations[-1].primitive in P.SUB
+def _leads_into(joined: list[_Segment]) -> bool:
+    """Whether the last piece can only be the first part of the normalisation behind it."""
+    *before, lead = joined
+    if lead.op == "where":  # softmax(x, where=mask) masks between exp and sum
+        return bool(before) and _is_exp(before[-1])
+    return _is_exp(lead) or (lead.kind == "normalization" and lead.equations[-1].primitive in P.SUB)
 
 
 def _belongs(previous: _Segment, piece: _Segment) -> bool:
-    if previous.kind in ("normalization", "softmax"):
-        return piece.kind in ("affine", "scale") if previous.kind == "normalization" else piece.kind == "affine"
+    kinds = (previous.kind, piece.kind)
+    if previous.kind == "softmax":  # log_softmax may be written as log(softmax), softmax as exp(log_softmax)
+        log, exp = previous.op == "softmax" and _is_log(piece), previous.op == "log_softmax" and _is_exp(piece)
+        return piece.kind == "affine" or log or exp
+    if previous.kind == "normalization":
+        return piece.kind in ("affine", "scale")
+    if "move" in kinds:
+        return False
     if previous.kind == "affine":
         return piece.kind != "normalization" and piece.op != "relu"
     if piece.kind == "affine":
         return previous.op != "relu" or all(e.primitive in P.CAST for e in piece.equations)
-    if previous.kind == piece.kind == "activation":
-        return (
-            "relu" not in (previous.op, piece.op) and not previous.equations[-1].calls and not piece.equations[0].calls
-        )
-    return previous.kind == piece.kind == "scale"
+    if kinds == ("activation", "activation"):
+        return "relu" not in (previous.op, piece.op) and previous.equations[-1].calls == piece.equations[0].calls
+    return kinds == ("scale", "scale")
+
+
+def _is_exp(piece: _Segment) -> bool:
+    return piece.kind == "activation" and len(piece.equations) == 1 and piece.equations[0].primitive in P.EXP
+
+
+def _is_log(piece: _Segment) -> bool:
+    return len(piece.equations) == 1 and piece.equations[0].primitive in P.LOG
 
 
 def _is_affine(eqn: Equation) -> bool:
@@ -443,19 +475,11 @@ def _is_affine(eqn: Equation) -> bool:
     return prim in P.NEG or prim in P.CAST
 
 
-def _activation_name(eqns: Sequence[Equation]) -> str:
-    """The function's own name if all of it was written in one (relu, silu), else the primitive's."""
-    common = [c for c in eqns[0].calls if all(c in e.calls for e in eqns) and not c.startswith(("_", "<"))]
-    if common:
-        return common[-1]
-    if _is_relu(eqns):
-        return "relu"
-    names = [e.name for e in eqns if not _is_affine(e)]
-    if "erf" in names or "erfc" in names:
+def _name_by_operations(eqns: Sequence[Equation]) -> str:
+    names = list(dict.fromkeys(e.name for e in eqns if not _is_affine(e)))
+    if {"erf", "erfc"} & set(names) or {"tanh", "integer_pow"} <= set(names):
         return "gelu"
-    if "tanh" in names and ("integer_pow" in names or "mul" in names):
-        return "gelu"
-    return names[0] if len(names) == 1 else ("elementwise" if names else "identity")
+    return "_".join(names) if 0 < len(names) <= 3 else ("elementwise" if names else "identity")
 
 
 def _is_relu(eqns: Sequence[Equation]) -> bool:
@@ -520,11 +544,11 @@ _ADVICE = {
 }
 
 
-def _unknown(eqn: Equation, two: bool = False) -> Exception:
+def _unknown(eqn: Equation, what: str = "") -> Exception:
     name = str(eqn.primitive)
     if name in ("while", "scan", "cond"):
         advice = _ADVICE.get(name, "control flow on the explained path is not supported yet; unroll it in the model")
         return UnsupportedError(f"{eqn.describe()}: {advice}.")
     how = f'jaxlrp.register_rule("{name}", kind=...) or wrap the function with jaxlrp.custom_layer(name, rule)'
-    what = "of two different values has" if two else "has"
-    return UnknownPrimitiveError(f"{eqn.describe()} {what} no known meaning for relevance. Teach it: {how}.")
+    subject = f"{eqn.describe()} {what}".rstrip()
+    return UnknownPrimitiveError(f"{subject} has no known meaning for relevance. Teach it: {how}.")

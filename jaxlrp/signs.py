@@ -7,6 +7,7 @@ could make it negative (NaN aside). Not being in the set promises nothing.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
 from . import _primitives as P
@@ -79,9 +80,9 @@ def _is(value: Value, known: set[Value]) -> bool:
 
 
 def _unsigned(value: Value) -> bool:
-    return value.dtype == np.bool_ or np.issubdtype(value.dtype, np.unsignedinteger)
+    return bool(jnp.issubdtype(value.dtype, np.bool_) or jnp.issubdtype(value.dtype, np.unsignedinteger))
 
 
 def _is_index(value: Value) -> bool:
     """Indices of gathers and slices are no part of the result."""
-    return bool(np.issubdtype(value.dtype, np.integer))
+    return bool(jnp.issubdtype(value.dtype, np.integer))

@@ -144,7 +144,10 @@ def seed(target: Any, output: Any) -> Any:
 
 
 def _is_index(target: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(target), np.integer)
+    try:
+        return bool(jnp.issubdtype(jnp.result_type(target), np.integer))
+    except TypeError:
+        return False
 
 
 def _single(output: Any) -> jax.Array:
@@ -167,13 +170,14 @@ def _check_seed(relevance: Any, output: Any) -> None:
 def _mask(output: jax.Array, index: Any) -> jax.Array:
     """One-hot rows for the class indices; ``index`` is one integer or one per row."""
     classes = output.shape[-1]
-    index = jnp.asarray(index)
-    if index.ndim and index.shape != output.shape[:-1]:
+    if np.ndim(index) and np.shape(index) != output.shape[:-1]:
         raise InputError(
-            f"targets of shape {index.shape} do not fit an output of shape {output.shape}: "
+            f"targets of shape {np.shape(index)} do not fit an output of shape {output.shape}: "
             f"give one integer, or an array of shape {output.shape[:-1]}"
         )
-    if _compat.is_concrete(index) and bool(jnp.any((index < 0) | (index >= classes))):
-        bad = np.asarray(index)[np.asarray((index < 0) | (index >= classes))]
-        raise InputError(f"class {bad.ravel()[0]} is out of range: the model has classes 0 to {classes - 1}")
-    return jnp.broadcast_to(jax.nn.one_hot(index, classes, dtype=output.dtype), output.shape)
+    if _compat.is_concrete(index):
+        known = np.ravel(np.asarray(index))
+        bad = known[(known < 0) | (known >= classes)]
+        if bad.size:
+            raise InputError(f"class {bad[0]} is out of range: the model has classes 0 to {classes - 1}")
+    return jnp.broadcast_to(jax.nn.one_hot(jnp.asarray(index), classes, dtype=output.dtype), output.shape)
