@@ -9,6 +9,7 @@
 [3.0, 2.0]
 """
 
+from . import attributions as attributions
 from . import targets as targets
 from .accounts import Ledger as Ledger
 from .accounts import ledger as ledger

@@ -23,6 +23,9 @@ RESHAPE = primitives("reshape", "squeeze", "transpose", "broadcast_in_dim", "exp
 TRANSPOSE = primitives("transpose")
 STOP_GRADIENT = primitives("stop_gradient")
 SQUARE_LIKE = primitives("square", "exp", "exp2", "abs", "logistic", "sqrt", "cosh")
+MAX = primitives("max")
+MIN = primitives("min")
+GREATER = primitives("gt", "ge")
 LOG = primitives("log", "log1p", "log2")
 EXP = primitives("exp", "exp2", "expm1")
 CUSTOM_CALLS = primitives("custom_jvp_call", "custom_vjp_call")
@@ -135,6 +138,7 @@ MOVE = primitives(
 
 #: Weightless sums.
 SUMMING = primitives("reduce_sum", "reduce_window_sum", "cumsum")
+WINDOW_SUM = primitives("reduce_window_sum")
 SCATTER_ADD = primitives("scatter_add")
 
 #: One operand wins and takes all.

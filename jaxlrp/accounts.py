@@ -74,7 +74,9 @@ class Ledger(struct.PyTreeNode):
         holes = np.abs(np.asarray(self.unnamed))
         broken = ~(holes <= rtol * scale)  # NaN is broken too
         if broken.any():
-            worst = int(np.argmax(np.where(broken, np.nan_to_num(holes / scale, nan=np.inf), 0.0)))
+            # NaN spreads towards the input: the layer nearest to the output made it
+            bad = np.flatnonzero(~np.isfinite(holes))
+            worst = int(bad[-1] if bad.size else np.argmax(np.where(broken, holes / scale, 0.0)))
             raise ConservationError(
                 f"layer '{self.layers[worst]}' with rule {self.rules[worst]} received relevance "
                 f"{self.arrived[worst]:.6g}, handed on {self.handed[worst]:.6g} and lost "
@@ -87,6 +89,8 @@ class Ledger(struct.PyTreeNode):
         return self
 
     def __str__(self) -> str:
+        if not _compat.is_concrete(self.arrived) or np.ndim(self.arrived) != 1:
+            return f"Ledger of {len(self.layers)} layers, arrived={self.arrived}"
         names = [n for n, v in self.losses.items() if np.any(np.asarray(v) != 0)]
         head = ["layer", "rule", "in", "out", "kept", *names, "unnamed"]
         columns = [self.arrived, self.handed, self.kept, *(self.losses[n] for n in names), self.unnamed]
@@ -123,13 +127,14 @@ def ledger(
 ) -> Callable[..., Ledger]:
     """As `lrp`, but the returned function gives a `Ledger`: where the relevance of each layer went.
 
-    >>> import jax.numpy as jnp, jaxlrp
-    >>> account = jaxlrp.ledger(lambda x, w, b: x @ w + b, jaxlrp.Epsilon(0.0625))
-    >>> print(account(jnp.array([1.0, 1.0]), jnp.array([[3.0], [1.0]]), jnp.array([4.0])))
-    layer            rule                     in    out    kept   bias  stabiliser  unnamed
-    ---------------  -----------------------  --  -----  ------  -----  ----------  -------
-    dense            Epsilon(epsilon=0.0625)   8  3.969  49.6 %  3.969     0.06202        0
-    output to input                            8  3.969  49.6 %  3.969     0.06202        0
+    Example:
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> account = jaxlrp.ledger(lambda x, w, b: x @ w + b, jaxlrp.Epsilon(0.0625))
+        >>> print(account(jnp.array([1.0, 1.0]), jnp.array([[3.0], [1.0]]), jnp.array([4.0])))
+        layer            rule                     in    out    kept   bias  stabiliser  unnamed
+        ---------------  -----------------------  --  -----  ------  -----  ----------  -------
+        dense            Epsilon(epsilon=0.0625)   8  3.969  49.6 %  3.969     0.06202        0
+        output to input                            8  3.969  49.6 %  3.969     0.06202        0
     """
     default = target
     setup = Setup(model, composite, argnums, has_aux, check)

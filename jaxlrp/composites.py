@@ -196,7 +196,7 @@ def _closest(wanted: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(wanted.split("/")[-1], known, n=4, cutoff=0.4) or difflib.get_close_matches(
         wanted, known, n=4, cutoff=0.0
     )
-    more = "" if len(known) <= 4 else f"; print(jaxlrp.trace(model, ...)) lists all {len(known)}"
+    more = "" if len(known) <= 4 else " jaxlrp.trace(model, ...) prints all layers."
     return f"; did you mean {', '.join(map(repr, near))}?{more}" if near else ""
 
 
@@ -242,16 +242,17 @@ class Composite:
     their kind's default (relevance passes activations, follows moves, is shared by sums in proportion); a linear
     layer without an entry is an error. Composites are pytrees whose leaves are the numbers of their rules.
 
-    >>> import jaxlrp
-    >>> composite = jaxlrp.Composite(
-    ...     (jaxlrp.kind("linear"), jaxlrp.Epsilon()),
-    ...     (jaxlrp.kind("conv"), jaxlrp.Gamma(0.25)),
-    ... )
-    >>> print(composite)
-    Composite(
-      kind("linear") => Epsilon()
-      kind("conv")   => Gamma()
-    )
+    Example:
+        >>> import jaxlrp
+        >>> composite = jaxlrp.Composite(
+        ...     (jaxlrp.kind("linear"), jaxlrp.Epsilon()),
+        ...     (jaxlrp.kind("conv"), jaxlrp.Gamma(0.25)),
+        ... )
+        >>> print(composite)
+        Composite(
+          kind("linear") => Epsilon()
+          kind("conv")   => Gamma()
+        )
     """
 
     def __init__(self, *entries: tuple[Selector | Callable[[Layer], bool], Rule]):

@@ -9,7 +9,7 @@ is concerned and is simply evaluated: BatchNorm statistics, weight normalisation
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,16 +72,16 @@ class Equation:
         """The operands that depend on the explained input, each once."""
         return tuple(dict.fromkeys(v for v in self.inputs if v.depends))
 
-    def run(self, env: Mapping[Value, Any], wide: bool = False) -> None:
+    def run(self, env: MutableMapping[Value, Any], wide: bool = False) -> None:
         """Evaluate on the values in ``env`` and store the results there.
 
         With ``wide``, 16-bit floats are computed in 32 bits: relevance is never accumulated in less.
         """
         params = self.params
-        values = [env[v] if v.constant is None else v.constant for v in self.inputs]
+        values = [read(env, v) for v in self.inputs]
         if wide:
             values, params = _widened(values, params)
-        env.update(zip(self.outputs, _compat.bind(self.primitive, params, *values), strict=True))  # type: ignore[attr-defined]
+        env.update(zip(self.outputs, _compat.bind(self.primitive, params, *values), strict=True))
 
     def describe(self) -> str:
         """Primitive, layer and source line, for error messages."""
@@ -115,7 +115,7 @@ class Program:
 
 def read(env: Mapping[Value, Any], value: Value) -> Any:
     """The array behind a value: from the environment, or its own constant."""
-    return env[value] if value.constant is None else value.constant
+    return env[value] if value.constant is None or value in env else value.constant
 
 
 def wide_dtype(dtype: Any) -> Any:

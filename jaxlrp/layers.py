@@ -28,6 +28,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from . import _primitives as P
+from ._compat import primitives
 from .errors import NotDeterministicError, UnknownPrimitiveError, UnsupportedError
 from .graph import Equation, Program, Value
 from .linear import LinearSpec, absorb_tail
@@ -94,10 +95,12 @@ def find_layers(program: Program, root_scope: str | None = None) -> list[Layer]:
     """
     learnt = _Learnt()
     while True:
-        before = learnt.size
+        ends, pools = len(learnt.ends), set(learnt.pools)
         walk = _Walk(program, learnt)
         walk.run()
-        if learnt.size == before:
+        if len(learnt.ends) > ends:
+            learnt.pools = pools  # judged on tags that are out of date now: judge again
+        elif len(learnt.pools) == len(pools):
             break
     layers = walk.layers()
     _name_layers(layers, root_scope)
@@ -108,10 +111,6 @@ def find_layers(program: Program, root_scope: str | None = None) -> list[Layer]:
 class _Learnt:
     ends: set[Value] = dataclasses.field(default_factory=set)  # elementwise values that are read as such
     pools: set[Equation] = dataclasses.field(default_factory=set)  # reductions that are layers of their own
-
-    @property
-    def size(self) -> int:
-        return len(self.ends) + len(self.pools)
 
 
 class _Walk:
@@ -145,8 +144,11 @@ class _Walk:
         elif not any(v.depends for v in eqn.outputs):
             return
         elif any(jnp.issubdtype(v.dtype, jnp.complexfloating) for v in eqn.outputs):
-            raise _unknown(eqn, "makes complex numbers and")
+            while eqn.primitive in P.CAST and (readers := self.program.consumers.get(eqn.outputs[0])):
+                eqn = readers[0]  # numbers are made complex for somebody: name that
+            raise _unknown(eqn, "works on complex numbers and")
         elif prim in P.DOT or prim in P.CONV:
+            self.check_random(eqn, [v for v in eqn.inputs if not v.depends])
             if sum(v.depends for v in eqn.inputs) == 2:
                 self.layer("product", "matmul" if prim in P.DOT else "conv", eqn)
             else:
@@ -235,9 +237,10 @@ class _Walk:
         """Something other than its own region reads this value: the region must stop here."""
         if self.root[value] is value:
             return
-        if self.statistic[value]:
+        if self.statistic[value] and not _is_logsumexp(self.slice(value, self.root[value])):
             self.learnt.pools.update(self.reductions(value))
-        self.learnt.ends.add(value)
+        else:
+            self.learnt.ends.add(value)
         self.own_root(value)
 
     def reductions(self, statistic: Value) -> Iterable[Equation]:
@@ -294,9 +297,7 @@ class _Walk:
                     made.setdefault(layer.outputs[0], layer)
         layers = sorted(set(made.values()), key=lambda layer: self.position(layer))
         layers = _reachable(layers, self.program)
-        finals = {v for v in self.program.outputs if v.carries}
-        for layer in layers:
-            layer.final = any(v in finals for v in layer.outputs)
+        _mark_final(layers, self.program)
         return layers
 
     def position(self, layer: Layer) -> int:
@@ -312,7 +313,10 @@ class _Walk:
     def regions(self, value: Value) -> list[Layer]:
         root = self.region_root(value)
         equations = self.slice(value, root)
-        return [self.region(segment) for segment in _segments(equations, root, value, self.statistic)]
+        if all(self.statistic[v] for v in equations[-1].dependent):  # no other statistic ends a region
+            inputs = (root,) if root.carries else ()
+            return [Layer("", "pick", "logsumexp", inputs, (value,), tuple(equations), source=equations[-1].source)]
+        return [self.region(segment) for segment in _segments(self.program, equations, root, value, self.statistic)]
 
     def region(self, segment: _Segment) -> Layer:
         eqns = tuple(segment.equations)
@@ -334,6 +338,29 @@ class _Walk:
 
 def _common_start(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _is_logsumexp(equations: Sequence[Equation]) -> bool:
+    """A soft maximum: its derivative is a softmax, which hands on all of the relevance."""
+    return {*P.EXP, *P.LOG, *P.SUMMING} >= {e.primitive for e in equations if e.primitive not in _SMOOTH} and all(
+        any(e.primitive in some for e in equations) for some in (P.EXP, P.LOG, P.SUMMING)
+    )
+
+
+_SMOOTH = (
+    P.ADD | P.SUB | P.CAST | P.MOVE | P.SELECT | P.STOP_GRADIENT | P.PICKING | primitives("max", "abs", "is_finite")
+)
+
+
+def _mark_final(layers: list[Layer], program: Program) -> None:
+    """Mark the layers whose output is the model's, if only moved on the way (masked, reshaped)."""
+    final = {v for v in program.outputs if v.carries}
+    for layer in reversed(layers):
+        layer.final = any(v in final for v in layer.outputs)
+        if layer.final and layer.kind == "move":
+            readers = [r for r in layers if set(r.inputs) & set(layer.inputs)]
+            if readers == [layer]:
+                final.update(layer.inputs)
 
 
 def _reachable(layers: list[Layer], program: Program) -> list[Layer]:
@@ -359,7 +386,9 @@ class _Segment:
     op: str = ""
 
 
-def _segments(equations: list[Equation], root: Value, end: Value, statistic: dict[Value, bool]) -> list[_Segment]:
+def _segments(
+    program: Program, equations: list[Equation], root: Value, end: Value, statistic: dict[Value, bool]
+) -> list[_Segment]:
     """Cut a region at its cut vertices, then join what belongs together.
 
     ``relu(gelu(x))`` is two activations, ``gelu(layer_norm(x))`` a normalisation and an activation; but the
@@ -378,11 +407,11 @@ def _segments(equations: list[Equation], root: Value, end: Value, statistic: dic
             start, piece = out, []
         open_until = max(open_until, last_use.get(out, i + 1))
     for segment in pieces:
-        segment.kind, segment.op = _classify(segment, statistic)
+        segment.kind, segment.op = _classify(program, segment, statistic)
     return _join(pieces)
 
 
-def _classify(segment: _Segment, statistic: dict[Value, bool]) -> tuple[str, str]:
+def _classify(program: Program, segment: _Segment, statistic: dict[Value, bool]) -> tuple[str, str]:
     eqns = segment.equations
     if any(e.primitive in P.REDUCTION for e in eqns):
         if any(e.primitive in P.EXP and not statistic.get(e.outputs[0], False) for e in eqns):
@@ -394,7 +423,7 @@ def _classify(segment: _Segment, statistic: dict[Value, bool]) -> tuple[str, str
     if not more and _is_affine(first):
         literal = all(v.literal for v in first.inputs if not v.depends)
         return ("affine", "") if literal else ("scale", "scale")
-    return "activation", "relu" if _is_relu(eqns) else ""
+    return "activation", "relu" if _is_relu(program, eqns) else ""
 
 
 def _join(pieces: list[_Segment]) -> list[_Segment]:
@@ -404,7 +433,9 @@ def _join(pieces: list[_Segment]) -> list[_Segment]:
         if previous is not None and _belongs(previous, piece):
             previous.end = piece.end
             previous.equations = previous.equations + piece.equations
-            if previous.kind == "affine" and piece.kind != "affine":
+            if previous.op == "relu" and piece.kind == "activation":
+                previous.op = ""  # max(x, 0) was the first half of a clamp
+            elif previous.kind == "affine" and piece.kind != "affine":
                 previous.kind, previous.op = piece.kind, piece.op
             elif previous.op == "log_softmax" and _is_exp(piece):
                 previous.op = "softmax"
@@ -454,6 +485,8 @@ def _belongs(previous: _Segment, piece: _Segment) -> bool:
     if piece.kind == "affine":
         return previous.op != "relu" or all(e.primitive in P.CAST for e in piece.equations)
     if kinds == ("activation", "activation"):
+        if previous.op == "relu" and len(piece.equations) == 1 and piece.equations[0].primitive in P.MIN:
+            return True
         return "relu" not in (previous.op, piece.op) and previous.equations[-1].calls == piece.equations[0].calls
     return kinds == ("scale", "scale")
 
@@ -482,11 +515,26 @@ def _name_by_operations(eqns: Sequence[Equation]) -> str:
     return "_".join(names) if 0 < len(names) <= 3 else ("elementwise" if names else "identity")
 
 
-def _is_relu(eqns: Sequence[Equation]) -> bool:
-    (first, *more) = eqns
-    if more or str(first.primitive) != "max":
-        return False
-    return any(v.literal and v.constant is not None and v.constant.ndim == 0 and v.constant == 0 for v in first.inputs)
+def _is_relu(program: Program, eqns: Sequence[Equation]) -> bool:
+    """Whether a piece is ``max(x, 0)``, ``where(x > 0, x, 0)``, or a call with a derivative of its own around these."""
+    eqns = [e for e in eqns if e.primitive not in P.CAST]
+    if len(eqns) == 1 and eqns[0].body is not None:
+        return _is_relu(eqns[0].body, [e for e in eqns[0].body.equations if e.depends])
+    if len(eqns) == 1 and eqns[0].primitive in P.MAX:
+        return any(_is_zero(program, v) for v in eqns[0].inputs)
+    if len(eqns) == 2 and eqns[0].primitive in P.GREATER and eqns[1].primitive in P.SELECT:
+        (x, bound), (_, low, high) = eqns[0].inputs, eqns[1].inputs
+        return x is high and _is_zero(program, bound) and _is_zero(program, low)
+    return False
+
+
+def _is_zero(program: Program, value: Value) -> bool:
+    """Whether a value is the number 0 written in the code, perhaps cast or spread."""
+    if value.constant is not None:
+        return value.literal and not value.constant.any()
+    eqn = program.producer.get(value)
+    spread = eqn is not None and (eqn.primitive in P.CAST or eqn.primitive in P.BROADCAST)
+    return spread and _is_zero(program, eqn.inputs[0])  # type: ignore[union-attr]
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -516,30 +564,35 @@ def _module_of(path: str) -> str:
 
 
 def _name_layers(layers: Sequence[Layer], root_scope: str | None) -> None:
+    scopes = [layer.equations[0].scope for layer in layers]
+    outermost = {scope[0] if scope else None for scope in scopes}
+    if root_scope is None and len(outermost) == 1 and any(len(scope) > 1 for scope in scopes):
+        root_scope = outermost.pop()  # a function around a module: its name tells nothing apart
     used: dict[str, int] = {}
     for layer in layers:
-        name = _layer_name(layer, root_scope)
+        name = _layer_name(layer, root_scope, scopes)
         used[name] = used.get(name, 0) + 1
         layer.name = name if used[name] == 1 else f"{name}:{used[name]}"
 
 
-def _layer_name(layer: Layer, root_scope: str | None) -> str:
-    scope = layer.equations[0].scope
+def _layer_name(layer: Layer, root_scope: str | None, scopes: Sequence[tuple[str, ...]]) -> str:
+    whole = scope = layer.equations[0].scope
     if root_scope is not None and scope[:1] == (root_scope,):
         scope = scope[1:]
     here = "/".join(scope)
-    modules = [
-        _module_of(v.path) for e in layer.equations for v in e.inputs if not v.depends and v.path and v.path != "_"
-    ]
-    if layer.kind in ("linear", "normalization", "scale") and modules:
-        return modules[0] if not here or here.endswith(modules[0]) else here
+    if layer.kind in ("linear", "normalization", "scale"):  # layers with parameters are called by their module
+        modules = [_module_of(v.path) for e in layer.equations for v in e.inputs if not v.depends and v.path]
+        if modules:
+            return modules[0] if not here or here.endswith(modules[0]) else here
+        if here and scopes.count(whole) == 1:
+            return here
     return f"{here}/{layer.op}" if here else layer.op
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 _ADVICE = {
-    "while": "a loop with an end that depends on data cannot be folded back; use fori_loop with a fixed count, or scan",
+    "while": "a loop with an end that depends on data cannot be folded back; unroll it as a Python loop",
     "custom_call": "opaque kernels cannot be looked into; switch to the plain implementation",
 }
 

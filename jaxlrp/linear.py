@@ -78,7 +78,7 @@ class LinearSpec:
             weights = tuple(_scaled(self.core, w, scale) for w in weights)
             apply = self._with_moves(apply)
         bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
-        features = _features(self.core, output.ndim)
+        features = _features(self.core, self.tail, output.ndim)
         return LinearMap(inputs, weights, bias, output, apply, features, nonnegative)
 
     def _tail(self, env: Mapping[Value, Any]) -> tuple[Any, Any]:
@@ -273,11 +273,18 @@ def _moved(eqn: Equation, shift: jax.Array) -> jax.Array:
     return _compat.bind(eqn.primitive, eqn.params, full)[0]
 
 
-def _features(core: Equation | None, ndim: int) -> tuple[int, ...]:
+def _features(core: Equation | None, tail: Sequence[Equation], ndim: int) -> tuple[int, ...]:
     """Output axes that belong to one sample, where the operation tells; else the last axis alone."""
-    if core is not None and core.primitive in P.CONV and ndim == len(core.outputs[0].shape):
-        batch = core.params["dimension_numbers"].out_spec[0]
-        return tuple(i for i in range(ndim) if i != batch)
+    if core is not None and core.primitive in P.CONV:
+        batch = frozenset({core.params["dimension_numbers"].out_spec[0]})
+        return tuple(i for i in range(ndim) if _axes_in_core(core, tail, frozenset({i})) != batch)
+    if core is not None and core.primitive in P.DOT:
+        batch_axes = len(core.params["dimension_numbers"][1][0])
+        free = {frozenset({i}) for i in _dot_axes(core) if i >= batch_axes}  # axes of the weight
+        return tuple(i for i in range(ndim) if _axes_in_core(core, tail, frozenset({i})) in free)
+    if core is not None and core.primitive in P.WINDOW_SUM:
+        first = next((i for i, n in enumerate(core.params["window_dimensions"]) if n > 1), ndim - 1)
+        return tuple(range(first, ndim))
     return (ndim - 1,) if ndim else ()
 
 

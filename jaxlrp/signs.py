@@ -69,7 +69,10 @@ def _result(equation: Equation, known: set[Value]) -> bool:
     if prim in _POWER:
         return equation.params["y"] % 2 == 0 or signs[0]
     if prim in _KEEPS:
-        return all(s or _is_index(v) for s, v in zip(signs, equation.inputs, strict=True))
+        moves = prim in P.MOVE or prim in P.SCATTER_ADD
+        return all(
+            s or (moves and i > 0 and _is_index(v)) for i, (s, v) in enumerate(zip(signs, equation.inputs, strict=True))
+        )
     return all(_unsigned(v) for v in equation.outputs)
 
 

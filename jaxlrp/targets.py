@@ -84,9 +84,10 @@ class _LogOdds(_Target):
 def logit(k: Any) -> Target:
     """The logit of class ``k``: ``R_k = f_k(x)``, 0 elsewhere. The meaning of an integer target.
 
-    >>> import jax.numpy as jnp, jaxlrp
-    >>> jaxlrp.targets.logit(1)(jnp.array([3.0, 2.0]))
-    Array([0., 2.], dtype=float32)
+    Example:
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> jaxlrp.targets.logit(1)(jnp.array([3.0, 2.0]))
+        Array([0., 2.], dtype=float32)
     """
     return _Logit(k)
 
@@ -180,4 +181,7 @@ def _mask(output: jax.Array, index: Any) -> jax.Array:
         bad = known[(known < 0) | (known >= classes)]
         if bad.size:
             raise InputError(f"class {bad[0]} is out of range: the model has classes 0 to {classes - 1}")
-    return jnp.broadcast_to(jax.nn.one_hot(jnp.asarray(index), classes, dtype=output.dtype), output.shape)
+    index = jnp.asarray(index)[..., None]
+    # a traced class out of range cannot raise: NaN is louder than a map of zeros
+    mask = jnp.where((index >= 0) & (index < classes), (index == jnp.arange(classes)).astype(output.dtype), jnp.nan)
+    return jnp.broadcast_to(mask, output.shape)

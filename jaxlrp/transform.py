@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,10 +94,11 @@ def value_and_lrp(
 ) -> Explain:
     """As `lrp`, but ``explain`` returns ``(output, relevance)``, or ``((output, aux), relevance)`` with ``has_aux``.
 
-    >>> import jax.numpy as jnp, jaxlrp
-    >>> explain = jaxlrp.value_and_lrp(lambda x, w: x @ w, jaxlrp.Epsilon())
-    >>> explain(jnp.array([1.0, 2.0]), jnp.array([[3.0], [1.0]]))[0]
-    Array([5.], dtype=float32)
+    Example:
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> explain = jaxlrp.value_and_lrp(lambda x, w: x @ w, jaxlrp.Epsilon())
+        >>> explain(jnp.array([1.0, 2.0]), jnp.array([[3.0], [1.0]]))[0]
+        Array([5.], dtype=float32)
     """
     default = target
     setup = Setup(model, composite, argnums, has_aux, check)
@@ -220,10 +222,11 @@ def trace(model: Any, *args: Any, argnums: int | Sequence[int] | None = None, **
     Arguments are those of ``explain``; arrays may be replaced by `jax.ShapeDtypeStruct`. Print the result, or hand it
     to `Composite.assign` to see which rule each layer gets and why.
 
-    >>> import jax.numpy as jnp, jaxlrp
-    >>> layers = jaxlrp.trace(lambda x, w: jnp.tanh(x @ w), jnp.ones(2), jnp.ones((2, 3)))
-    >>> [(layer.kind, layer.op) for layer in layers]
-    [('linear', 'dense'), ('activation', 'tanh')]
+    Example:
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> layers = jaxlrp.trace(lambda x, w: jnp.tanh(x @ w), jnp.ones(2), jnp.ones((2, 3)))
+        >>> [(layer.kind, layer.op) for layer in layers]
+        [('linear', 'dense'), ('activation', 'tanh')]
     """
     return Setup(model, None, argnums, False, False).traced(args, kwargs).layers
 
@@ -291,8 +294,8 @@ class Setup:
         """Trace the model and find its layers."""
         args = self.adapted.prepare(args)
         argnums = self.adapted.argnums if self.argnums is None else self.argnums
-        single = isinstance(argnums, int)
-        chosen = _positions((argnums,) if single else tuple(argnums), len(args))  # type: ignore[arg-type]
+        single = not isinstance(argnums, (tuple, list))
+        chosen = _positions((argnums,) if single else tuple(argnums), len(args))
 
         leaves, tree, paths, places = _flatten(args, kwargs)
         explained = []
@@ -318,7 +321,11 @@ class Setup:
         try:
             program = trace_program(flat, arrays, [i in which for i in dynamic], [names[i] for i in dynamic])
         except Exception as error:
-            error.add_note(f"jaxlrp was tracing the model with {_describe(args)}")
+            error.add_note(f"jaxlrp was tracing the model with {_describe(args, kwargs)}")
+            if isinstance(error, jax.errors.ConcretizationTypeError):
+                error.add_note(
+                    "flags such as train=False must stay Python values: name them in jax.jit's static_argnames"
+                )
             raise
         position = {leaf: k for k, leaf in enumerate(dynamic)}
         explained = [(t, [position[i] for i in mine]) for t, mine in explained]
@@ -345,11 +352,11 @@ class Setup:
         return Forward(traced, assignments, env, output, aux)
 
 
-def _positions(argnums: tuple[int, ...], count: int) -> tuple[int, ...]:
-    for k in argnums:
+def _positions(argnums: Sequence[Any], count: int) -> tuple[int, ...]:
+    for k in map(operator.index, argnums):
         if not -count <= k < count:
             raise InputError(f"argnums={k}, but explain() was given {count} positional arguments")
-    return tuple(k % count for k in argnums)
+    return tuple(operator.index(k) % count for k in argnums)
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, list[tuple[Any, str]], set[int]]:
@@ -384,7 +391,7 @@ def _check_explained(argument: Any, k: int, places: Sequence[int], leaves: Seque
         raise InputError(f"argument {k} has nothing to explain: it holds no arrays")
     for i in places:
         leaf = leaves[i]
-        dtype = getattr(leaf, "dtype", None)
+        dtype = jnp.result_type(leaf) if isinstance(leaf, (float, complex)) else getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, np.floating):
             what = f"{np.dtype(dtype).name} array" if dtype is not None else type(leaf).__name__
             raise InputError(
@@ -407,11 +414,11 @@ def _check_finite(args: tuple[Any, ...]) -> None:
             raise InputError(f"{where}: {bad} of {jnp.size(leaf)} numbers are NaN or infinite")
 
 
-def _describe(args: tuple[Any, ...]) -> str:
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     def one(arg: Any) -> str:
         leaves = jax.tree.leaves(arg)
         if len(leaves) == 1 and hasattr(leaves[0], "shape"):
             return f"{leaves[0].dtype}{list(leaves[0].shape)}"
-        return f"{type(arg).__name__} of {len(leaves)} arrays"
+        return f"{type(arg).__name__} of {len(leaves)} arrays" if leaves else repr(arg)
 
-    return "(" + ", ".join(map(one, args)) + ")"
+    return "(" + ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) + ")"

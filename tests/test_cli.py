@@ -98,7 +98,7 @@ def test_layers_prints_every_layer_with_its_rule(run: Run) -> None:
     assert status == 0
     assert "stem/conv" in said
     assert "ZBox(low=-0.992188, high=1)" in said
-    assert "Gamma(bias=ignore)" in said
+    assert "Gamma(bias='ignore')" in said
     assert "classifier" in said
 
 

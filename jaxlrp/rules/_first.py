@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ..linear import LinearMap
-from ._base import Arrays, LayerCall, Losses, Rule, ratio, stabilise, total
+from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, known, ratio, stabilise, total
 from ._split import Share, SplitRule
 
 
@@ -61,12 +61,13 @@ class ZBox(Rule, kw_only=True):
         high: largest possible input.
         epsilon: stabiliser of the denominators.
 
-    >>> import jax.numpy as jnp, jaxlrp
-    >>> rule = jaxlrp.ZBox(low=0.0, high=1.0)
-    >>> explain = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Composite.uniform(rule))
-    >>> relevance = explain(jnp.array([0.5, 0.5]), jnp.array([[2.0], [-1.0]]))
-    >>> [round(float(r), 3) for r in relevance]
-    [0.333, 0.167]
+    Example:
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> rule = jaxlrp.ZBox(low=0.0, high=1.0)
+        >>> explain = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Composite.uniform(rule))
+        >>> relevance = explain(jnp.array([0.5, 0.5]), jnp.array([[2.0], [-1.0]]))
+        >>> [round(float(r), 3) for r in relevance]
+        [0.333, 0.167]
     """
 
     low: Any = struct.field(kw_only=False)
@@ -74,7 +75,9 @@ class ZBox(Rule, kw_only=True):
     epsilon: Any = 1e-6
 
     def __post_init__(self) -> None:
-        if isinstance(self.low, (int, float)) and isinstance(self.high, (int, float)) and self.low > self.high:
+        low, high = known(self.low), known(self.high)
+        at_least_zero(epsilon=self.epsilon)
+        if low is not None and high is not None and not low <= high:
             raise ValueError(f"low must not exceed high, got low={self.low} and high={self.high}")
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:

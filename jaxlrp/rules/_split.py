@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ..linear import LinearMap
-from ._base import Arrays, LayerCall, Losses, Rule, ratio, stabilise, total
+from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, known, ratio, stabilise, total
 
 Factor = float | jax.Array
 Share = tuple[jax.Array, Factor, Factor]
@@ -62,7 +62,8 @@ class SplitRule(Rule, kw_only=True):
         norm_scale: epsilon is relative to the root mean square of the denominators over one sample.
         bias: what becomes of the share that the bias would get. ``"absorb"``: it is lost there, the textbook's way.
             ``"ignore"``: the bias is left out of the denominators. ``"redistribute"``: its share and the stabiliser's
-            are spread over the inputs in proportion to the size of their contributions, so that the sum is conserved.
+            are spread over the inputs in proportion to the size of their contributions, so that the sum is conserved
+            (but for outputs to which no input contributes with a sign that the rule counts).
     """
 
     epsilon: Any = 1e-6
@@ -73,8 +74,7 @@ class SplitRule(Rule, kw_only=True):
     def __post_init__(self) -> None:
         if self.bias not in ("absorb", "ignore", "redistribute"):
             raise ValueError(f'bias must be "absorb", "ignore" or "redistribute", not {self.bias!r}')
-        if isinstance(self.epsilon, (int, float)) and not self.epsilon >= 0:
-            raise ValueError(f"epsilon must be at least 0, not {self.epsilon}")
+        at_least_zero(epsilon=self.epsilon)
 
     def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
         """The rule itself: parts ``(ρ, p, n)`` of the relevance, see the module's docstring."""
@@ -217,10 +217,11 @@ class Zero(SplitRule, kw_only=True):
     On layers that are not linear it is the first-order Taylor term: ``x_i`` times the derivative of the output along
     it.
 
-        >>> import jax.numpy as jnp, jaxlrp
-        >>> explain = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Composite.uniform(jaxlrp.Zero()))
-        >>> explain(jnp.array([1.0, 2.0]), jnp.array([[3.0], [1.0]]))
-        Array([3., 2.], dtype=float32)
+    Example:
+            >>> import jax.numpy as jnp, jaxlrp
+            >>> explain = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Composite.uniform(jaxlrp.Zero()))
+            >>> explain(jnp.array([1.0, 2.0]), jnp.array([[3.0], [1.0]]))
+            Array([3., 2.], dtype=float32)
     """
 
     epsilon: Any = struct.field(pytree_node=False, default=0.0)
@@ -252,9 +253,10 @@ class Zero(SplitRule, kw_only=True):
 class Epsilon(Zero):
     """LRP-epsilon: ``R_i = Σ_j c_ij R_j / (z_j + ε sign z_j)`` (Bach et al., 2015).
 
-    >>> import jaxlrp
-    >>> print(jaxlrp.Epsilon(0.25, norm_scale=True))
-    Epsilon(epsilon=0.25, norm_scale=True)
+    Example:
+        >>> import jaxlrp
+        >>> print(jaxlrp.Epsilon(0.25, norm_scale=True))
+        Epsilon(epsilon=0.25, norm_scale=True)
     """
 
     epsilon: Any = struct.field(default=1e-6, kw_only=False)
@@ -287,8 +289,9 @@ class AlphaBeta(SplitRule, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        static = _static(self.alpha) and _static(self.beta)
-        if static and (self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-6):
+        alpha, beta = known(self.alpha), known(self.beta)
+        at_least_zero(alpha=self.alpha, beta=self.beta)
+        if alpha is not None and beta is not None and abs(alpha - beta - 1) > 1e-6:
             raise ValueError(f"alpha and beta must be at least 0 and alpha - beta 1, not {self.alpha}, {self.beta}")
 
     def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
@@ -310,8 +313,7 @@ class Gamma(SplitRule, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _static(self.gamma) and not self.gamma >= 0:
-            raise ValueError(f"gamma must be at least 0, not {self.gamma}")
+        at_least_zero(gamma=self.gamma)
 
     def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
         """Positive outputs favour positive contributions, negative outputs negative ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import ChainMap
 from typing import Any, Literal
 
 import jax
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from ..errors import RuleError
-from ._base import Arrays, LayerCall, Losses, Rule, ratio, stabilise, total, unbroadcast
+from ..graph import read, widen
+from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, ratio, stabilise, total, unbroadcast
 
 
 class Pass(Rule):
@@ -23,20 +26,19 @@ class Pass(Rule):
                 f"({call.layer.kind}/{call.layer.op}) has {len(call.layer.inputs)} inputs and {len(relevance)} outputs"
             )
         (out,), (value,) = relevance, call.layer.inputs
-        if out.size < value_size(value.shape):
+        repeated = _fits(out, value.shape)
+        if not repeated and out.size != math.prod(value.shape):
             raise RuleError(
-                f"Pass() needs an output as large as the input, but layer '{call.layer.name}' "
+                f"Pass() needs an output of its input's shape, but layer '{call.layer.name}' "
                 f"({call.layer.kind}/{call.layer.op}) maps {value.shape} to {out.shape}"
             )
-        return (unbroadcast(out, value.shape).reshape(value.shape),)
+        return (unbroadcast(out, value.shape) if repeated else out.reshape(value.shape),)
 
 
-def value_size(shape: tuple[int, ...]) -> int:
-    """Number of entries of an array of this shape."""
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+def _fits(out: jax.Array, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be repeated to that of ``out``."""
+    pairs = zip(reversed(out.shape), reversed(shape), strict=False)
+    return len(shape) <= out.ndim and all(n in (1, m) for m, n in pairs)
 
 
 class Route(Rule):
@@ -51,14 +53,23 @@ class Route(Rule):
         return call.vjp(*relevance)
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
-        """What went to constants: zero for layers that have none."""
-        constants = any(
-            not v.depends and jnp.issubdtype(v.dtype, jnp.floating) for e in call.layer.equations for v in e.inputs
-        )
-        if not constants and call.layer.op not in ("slice", "gather", "dynamic_slice"):
+        """What went to constants (padding, the other side of a mask), found by folding to them too."""
+        equation, *more = call.layer.equations
+        if more:  # a logsumexp: its derivative is a softmax, which sums to one
             return {}
-        arrived = sum(map(total, relevance), jnp.zeros(()))
-        return {"constant": arrived - sum(map(total, self.fold(call, *relevance)), jnp.zeros(()))}
+        constants = [v for v in equation.inputs if not v.depends and jnp.issubdtype(v.dtype, jnp.floating)]
+        if not constants:
+            return {}
+
+        def run(constant: Arrays, inputs: Arrays) -> Arrays:
+            given = dict(zip((*constants, *call.layer.inputs), (*constant, *inputs), strict=True))
+            env = ChainMap(given, call.env)  # type: ignore[arg-type]
+            equation.run(env, wide=True)
+            return tuple(env[v] for v in call.layer.outputs)
+
+        _, pull = jax.vjp(run, tuple(widen(read(call.env, v)) for v in constants), call.inputs)
+        to_constants, _ = pull(tuple(r.astype(z.dtype) for r, z in zip(relevance, call.outputs, strict=True)))
+        return {"constant": sum(map(total, to_constants), jnp.zeros(()))}
 
 
 class Residual(Rule, kw_only=True):
@@ -73,10 +84,11 @@ class Residual(Rule, kw_only=True):
     ``branch``    all to one side: ``branch=0`` is the first summand
     ============  ======================================================
 
-    >>> import jax.numpy as jnp, jaxlrp
-    >>> composite = jaxlrp.Composite((jaxlrp.kind("add"), jaxlrp.Residual("abs")))
-    >>> jaxlrp.lrp(lambda ab: ab[0] + ab[1], composite)((jnp.array(3.0), jnp.array(-1.0)))
-    (Array(1.5, dtype=float32), Array(0.5, dtype=float32))
+    Example:
+        >>> import jax.numpy as jnp, jaxlrp
+        >>> composite = jaxlrp.Composite((jaxlrp.kind("add"), jaxlrp.Residual("abs")))
+        >>> jaxlrp.lrp(lambda ab: ab[0] + ab[1], composite)((jnp.array(3.0), jnp.array(-1.0)))
+        (Array(1.5, dtype=float32), Array(0.5, dtype=float32))
     """
 
     policy: Literal["ratio", "abs", "equal", "branch"] = struct.field(pytree_node=False, default="ratio", kw_only=False)
@@ -84,6 +96,7 @@ class Residual(Rule, kw_only=True):
     epsilon: Any = 1e-6
 
     def __post_init__(self) -> None:
+        at_least_zero(epsilon=self.epsilon)
         if self.policy not in ("ratio", "abs", "equal", "branch"):
             raise ValueError(f'policy must be "ratio", "abs", "equal" or "branch", not {self.policy!r}')
 
@@ -131,6 +144,9 @@ class EqualShare(Rule, kw_only=True):
 
     epsilon: Any = 1e-6
 
+    def __post_init__(self) -> None:
+        at_least_zero(epsilon=self.epsilon)
+
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative, divided among the factors."""
         factors = len(call.inputs)
@@ -157,6 +173,9 @@ class HoldScale(Rule, kw_only=True):
     """
 
     epsilon: Any = 1e-6
+
+    def __post_init__(self) -> None:
+        at_least_zero(epsilon=self.epsilon)
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative of the detached layer."""
