@@ -10,6 +10,7 @@
 """
 
 from . import attributions as attributions
+from . import plot as plot
 from . import targets as targets
 from .accounts import Ledger as Ledger
 from .accounts import ledger as ledger

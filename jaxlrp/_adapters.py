@@ -34,7 +34,8 @@ class Adapted:
 def as_function(model: Any) -> Adapted:
     """A Linen module, an NNX module or a pure function as a pure function.
 
-    * Linen: ``fun(variables, *inputs, **kwargs)`` is ``model.apply``; the first input is explained.
+    * Linen: ``fun(variables, *inputs, **kwargs)`` is ``model.apply``; the first input is explained. The bound method
+      ``model.apply`` itself is taken for its module.
     * NNX: ``fun(state, *inputs, **kwargs)`` merges the state into the module; the first input is explained.
     * A function is taken as it is; its first argument is explained, as `jax.grad` would differentiate it.
 
@@ -47,6 +48,9 @@ def as_function(model: Any) -> Adapted:
         return _nnx(model)
     if isinstance(model, type):
         raise TypeError(f"{model.__name__} is a class; give an instance of it as model: {model.__name__}(...)")
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module) and getattr(model, "__name__", "") == "apply":
+        return _linen(owner)  # nobody means to explain the parameters
     if callable(model):
         return Adapted(model, 0)
     raise TypeError(

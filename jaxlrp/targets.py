@@ -135,8 +135,13 @@ def seed(target: Any, output: Any) -> Any:
     """
     if target is None:
         return output
+    if isinstance(target, (list, tuple)) and target and all(isinstance(k, (int, np.integer)) for k in target):
+        target = np.asarray(target)
     if isinstance(target, (bool, str)) or (callable(target) is False and not _is_index(target)):
-        raise InputError(f"target must be None, class indices (integers) or a function of the output, not {target!r}")
+        raise InputError(
+            "target must be None, class indices (integers) or a function of the output, "
+            f"not {getattr(target, 'dtype', None) or repr(target)}"
+        )
     if callable(target):
         relevance = target(output)
         _check_seed(relevance, output)
@@ -163,6 +168,8 @@ def _single(output: Any) -> jax.Array:
 
 
 def _check_seed(relevance: Any, output: Any) -> None:
+    if isinstance(relevance, _Target):
+        raise InputError("targets take their classes first: targets.logit(k), not targets.logit")
     got, want = jax.tree.map(jnp.shape, relevance), jax.tree.map(jnp.shape, output)
     if got != want:
         raise InputError(f"a target must return relevance of the output's own shape {want}, not {got}")

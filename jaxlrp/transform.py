@@ -355,7 +355,10 @@ class Setup:
 def _positions(argnums: Sequence[Any], count: int) -> tuple[int, ...]:
     for k in map(operator.index, argnums):
         if not -count <= k < count:
-            raise InputError(f"argnums={k}, but explain() was given {count} positional arguments")
+            raise InputError(
+                f"argnums={k}, but explain() was given {count} positional arguments; "
+                "a module takes its parameters first: explain(params, x)"
+            )
     return tuple(operator.index(k) % count for k in argnums)
 
 

@@ -483,3 +483,10 @@ def test_vmapped_nnx_module_equals_its_rows_on_their_own(key: jax.Array) -> None
 def test_what_is_no_model() -> None:
     with pytest.raises(TypeError, match=r"flax\.linen\.Module, a flax\.nnx\.Module or a function"):
         jaxlrp.lrp({"kernel": 1})
+
+
+def test_the_bound_method_apply_is_taken_for_its_module() -> None:
+    """Nobody means to explain the parameters."""
+    model, x = nn.Dense(3), np.ones((2, 4), np.float32)
+    params = model.init(jax.random.key(0), x)
+    np.testing.assert_allclose(jaxlrp.lrp(model.apply)(params, x), jaxlrp.lrp(model)(params, x))

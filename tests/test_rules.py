@@ -878,3 +878,13 @@ def test_a_box_with_arrays_at_its_corners(seed: int) -> None:
         corners = (np.broadcast_to(a, x.shape).ravel() for a in (low, high))
         ours = compiled(ZBox(low, high), biased, x, w, b, seed=r)
         assert off(ours, oracles.relevance(oracles.zbox(*corners), layer, r)) < 1e-9
+
+
+@pytest.mark.parametrize("returned", [np.ones(3), [np.ones(3)], [(np.ones(3), 1.0)]])
+def test_shares_of_the_wrong_form_are_refused(returned: Any) -> None:
+    class Bad(jaxlrp.SplitRule):
+        def shares(self, relevance: Any, z: Any) -> Any:
+            return returned
+
+    with pytest.raises(jaxlrp.RuleError, match=r"Bad\.shares must return a list"):
+        jaxlrp.lrp(lambda x, w: x @ w, Bad())(np.ones((2, 3)), np.ones((3, 3)))

@@ -251,3 +251,14 @@ def test_the_log_of_a_final_softmax_starts_as_usual(key: jax.Array) -> None:
     model = lambda x: jax.nn.log_softmax(x)  # noqa: E731
     (only,) = jaxlrp.trace(model, jnp.ones((2, 3)))
     assert (only.kind, only.op, only.final) == ("softmax", "log_softmax", True)
+
+
+def test_a_list_of_classes_is_an_array_of_them() -> None:
+    x, w = np.ones((2, 3), np.float32), np.arange(6, dtype=np.float32).reshape(3, 2)
+    explain = jaxlrp.lrp(lambda x, w: x @ w)
+    np.testing.assert_array_equal(explain(x, w, target=[0, 1]), explain(x, w, target=np.array([0, 1])))
+
+
+def test_a_target_without_its_class_says_so() -> None:
+    with pytest.raises(jaxlrp.InputError, match=r"targets\.logit\(k\)"):
+        jaxlrp.lrp(lambda x: x, target=jaxlrp.targets.logit)(np.ones(3, np.float32))

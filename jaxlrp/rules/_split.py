@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ..errors import RuleError
 from ..linear import LinearMap
 from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, known, ratio, stabilise, total
 
@@ -77,8 +78,27 @@ class SplitRule(Rule, kw_only=True):
         at_least_zero(epsilon=self.epsilon)
 
     def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
-        """The rule itself: parts ``(ρ, p, n)`` of the relevance, see the module's docstring."""
+        """The rule itself: which parts of the relevance go where.
+
+        Args:
+            relevance: relevance at the layer's output.
+            z: the output.
+
+        Returns:
+            A list of ``(ρ, p, n)``: the part ``ρ`` of the relevance, of the output's shape, is handed out in
+            proportion to ``p c⁺ + n c⁻`` of the contributions. Dividing by their sum is not the rule's business:
+            return relevance, not ``relevance / z``. Several parts add up.
+        """
         raise NotImplementedError
+
+    def _shares(self, relevance: jax.Array, linear: LinearMap) -> Sequence[Share]:
+        shares = self.shares(relevance, linear.output)
+        if not isinstance(shares, (list, tuple)) or not all(isinstance(s, tuple) and len(s) == 3 for s in shares):
+            raise RuleError(
+                f"{type(self).__name__}.shares must return a list of (part of the relevance, weight of positive "
+                f"contributions, weight of negative ones), not {type(shares).__name__}"
+            )
+        return shares
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """``R_i = Σ (p c⁺ + n c⁻) ρ / stab(p P + n N)``."""
@@ -115,7 +135,7 @@ class SplitRule(Rule, kw_only=True):
     # -- one share at a time -------------------------------------------------------------------------------------
 
     def _flows(self, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
-        for share, p, n in self.shares(relevance, linear.output):
+        for share, p, n in self._shares(relevance, linear):
             sums, pull = _contributions(linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
@@ -137,7 +157,7 @@ class SplitRule(Rule, kw_only=True):
         negative, pull_negative = _contributions(linear, 0.0, 1.0)
         bias = 0.0 if linear.bias is None else linear.bias
         plus = minus = jnp.zeros_like(relevance)
-        for share, p, n in self.shares(relevance, linear.output):
+        for share, p, n in self._shares(relevance, linear):
             sums = p * (positive + jnp.maximum(bias, 0.0)) + n * (negative + jnp.minimum(bias, 0.0))
             coefficient = ratio(share, self._stab(sums, linear))
             plus, minus = plus + p * coefficient, minus + n * coefficient
