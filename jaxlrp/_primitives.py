@@ -22,7 +22,6 @@ CAST = primitives("convert_element_type", "reduce_precision", "copy", "name", "o
 RESHAPE = primitives("reshape", "squeeze", "transpose", "broadcast_in_dim", "expand_dims")
 TRANSPOSE = primitives("transpose")
 STOP_GRADIENT = primitives("stop_gradient")
-SQUARE_LIKE = primitives("square", "exp", "exp2", "abs", "logistic", "sqrt", "cosh")
 MAX = primitives("max")
 MIN = primitives("min")
 GREATER = primitives("gt", "ge")
@@ -146,11 +145,10 @@ PICKING = primitives("reduce_max", "reduce_min", "reduce_window_max", "reduce_wi
 SORTING = primitives("sort", "top_k", "approx_top_k")
 
 #: Many numbers in, fewer out: a statistic of its operand as long as it is used as one.
-REDUCTION = (
-    SUMMING
-    | PICKING
-    | primitives("reduce_prod", "argmax", "argmin", "reduce_and", "reduce_or", "reduce_xor", "cumprod", "cumlogsumexp")
-)
+REDUCTION = SUMMING | PICKING | primitives("reduce_prod", "cumprod", "cumlogsumexp")
+
+#: Decisions: what follows from them alone is constant as far as relevance is concerned.
+DECIDING = primitives("argmax", "argmin", "reduce_and", "reduce_or", "reduce_xor")
 
 RANDOM = primitives("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 

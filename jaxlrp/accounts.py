@@ -34,7 +34,7 @@ class Ledger(struct.PyTreeNode):
         handed: ``[layers]`` relevance that it gave to its inputs.
         losses: by name, ``[layers]``: ``"bias"``, ``"stabiliser"``, ``"dropped sign"`` (no contribution of the right
             sign to go to), ``"constant"`` (padding and other constants), ``"normalisation"``, ``"nonlinearity"``,
-            ``"gradient"``.
+            ``"gradient"``, ``"decision"`` (numbers made of a comparison).
         size: ``[layers]`` sum of the absolute relevance at each layer's outputs; the scale for `check`.
         start: relevance of the output, summed.
         end: relevance of the explained inputs, summed.
@@ -157,7 +157,8 @@ def balance(forward: Forward, start: Any) -> tuple[Ledger, Relevances]:
         arrived.append(_sum(step.arrived))
         handed.append(_sum(step.handed))
         size.append(_sum(tuple(map(jnp.abs, step.arrived))))
-        losses.append(assignment.rule.losses(step.call, *step.arrived))
+        ends = not assignment.layer.inputs
+        losses.append({"decision": arrived[-1]} if ends else assignment.rule.losses(step.call, *step.arrived))
     names = list(dict.fromkeys(n for loss in losses for n in loss))
     inputs = [v for v in forward.traced.program.inputs if v.depends]
     account = Ledger(

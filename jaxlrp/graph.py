@@ -79,6 +79,11 @@ class Equation:
         """
         params = self.params
         values = [read(env, v) for v in self.inputs]
+        if wide and self.body is not None and any(wide_dtype(v.dtype) != v.dtype for v in self.inputs):
+            for equation in self.body.equations:  # the call itself is made for its own dtype
+                equation.run(env, wide)
+            env.update({o: read(env, v) for o, v in zip(self.outputs, self.body.outputs, strict=True)})
+            return
         if wide:
             values, params = _widened(values, params)
         env.update(zip(self.outputs, _compat.bind(self.primitive, params, *values), strict=True))
@@ -104,6 +109,10 @@ class Program:
             for value in dict.fromkeys(equation.inputs):
                 self.consumers.setdefault(value, []).append(equation)
             self.producer.update(dict.fromkeys(equation.outputs, equation))
+
+    def serving(self, outputs: Sequence[Value]) -> Program:
+        """The part of the program that these outputs need (not running averages that the caller throws away)."""
+        return Program(_live(self.equations, outputs), self.inputs, tuple(outputs))
 
     def evaluate(self, args: Sequence[Any]) -> Env:
         """Run the program and keep every value. XLA drops those that nobody reads."""
@@ -143,7 +152,6 @@ def trace_program(
     args: Sequence[Any],
     explained: Sequence[bool],
     paths: Sequence[str],
-    live_outputs: Callable[[int], bool] = lambda i: True,
 ) -> Program:
     """Trace ``fun(*args)``, whose arguments and results are flat arrays.
 
@@ -152,7 +160,6 @@ def trace_program(
         args: the arrays (or their shapes and dtypes).
         explained: for each argument, whether relevance is wanted at it.
         paths: for each argument, its name ("params/Dense_0/kernel").
-        live_outputs: which outputs matter; equations that serve no such output are dropped.
     """
     jaxpr, consts = _compat.trace(fun, *args)
     inputs = tuple(
@@ -161,7 +168,7 @@ def trace_program(
     )
     equations: list[Equation] = []
     outputs = _inline(jaxpr, consts, inputs, _Place(), equations)
-    return Program(_live(equations, [v for i, v in enumerate(outputs) if live_outputs(i)]), inputs, outputs)
+    return Program(equations, inputs, outputs).serving(outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +242,8 @@ def _literal(atom: Any) -> Value:
 
 
 def _result(aval: Any, prim: Any, operands: Sequence[Value]) -> Value:
-    depends = any(v.depends for v in operands) and prim not in _primitives.SHAPE_ONLY
+    constant = prim in _primitives.SHAPE_ONLY or prim in _primitives.DECIDING
+    depends = any(v.depends for v in operands) and not constant
     return Value(
         getattr(aval, "shape", ()),
         getattr(aval, "dtype", np.dtype(bool)),

@@ -147,6 +147,9 @@ class _Walk:
             while eqn.primitive in P.CAST and (readers := self.program.consumers.get(eqn.outputs[0])):
                 eqn = readers[0]  # numbers are made complex for somebody: name that
             raise _unknown(eqn, "works on complex numbers and")
+        elif prim not in P.ELEMENTWISE and not any(v.carries for v in eqn.outputs):
+            for value in eqn.outputs:  # routing decisions (an argmax, a mask) carry no relevance
+                self.own_root(value)
         elif prim in P.DOT or prim in P.CONV:
             self.check_random(eqn, [v for v in eqn.inputs if not v.depends])
             if sum(v.depends for v in eqn.inputs) == 2:
@@ -166,9 +169,6 @@ class _Walk:
             self.layer("pick", _PICK_NAMES.get(eqn.name, eqn.name), eqn)
         elif prim in P.MOVE:
             self.move(eqn)
-        elif not any(v.carries for v in dependent):
-            for value in eqn.outputs:  # integers made of integers: routing decisions carry no relevance
-                self.own_root(value)
         else:
             raise _unknown(eqn)
 
@@ -323,6 +323,8 @@ class _Walk:
         spec = LinearSpec(None, eqns, (segment.start,), segment.end) if segment.kind == "scale" else None
         inputs = (segment.start,) if segment.start.carries else ()
         op = segment.op or self.activation_name(segment)
+        if op == "relu" != segment.op:  # a function of that name which is none
+            op = "elementwise"
         return Layer("", segment.kind, op, inputs, (segment.end,), eqns, linear=spec, source=eqns[-1].source)
 
     def activation_name(self, segment: _Segment) -> str:
@@ -341,10 +343,13 @@ def _common_start(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _is_logsumexp(equations: Sequence[Equation]) -> bool:
-    """A soft maximum: its derivative is a softmax, which hands on all of the relevance."""
-    return {*P.EXP, *P.LOG, *P.SUMMING} >= {e.primitive for e in equations if e.primitive not in _SMOOTH} and all(
-        any(e.primitive in some for e in equations) for some in (P.EXP, P.LOG, P.SUMMING)
-    )
+    """``log(sum(exp(x - m))) + m``, a soft maximum: its derivative is a softmax, which hands on all relevance."""
+    used = [e.primitive for e in equations if e.primitive not in P.MOVE and e.primitive not in P.CAST]
+    inner = {p for p in used if p not in _SMOOTH and p not in P.ADD and p not in P.SUB}
+    shifts = [sum(p in some for p in used) for some in (P.ADD, P.SUB)]
+    whole = all(any(p in some for p in used) for some in (P.EXP, P.LOG, P.SUMMING))
+    # more additions, or a subtraction at the end, make it something else: max(x) - logsumexp(x), say
+    return whole and inner <= P.EXP | P.LOG | P.SUMMING and max(shifts) <= 1 and used[-1] in P.ADD | P.LOG
 
 
 _SMOOTH = (
@@ -353,14 +358,15 @@ _SMOOTH = (
 
 
 def _mark_final(layers: list[Layer], program: Program) -> None:
-    """Mark the layers whose output is the model's, if only moved on the way (masked, reshaped)."""
+    """Mark the layers whose output is the model's, perhaps moved on the way (masked, reshaped), and nobody else's."""
     final = {v for v in program.outputs if v.carries}
+    read: set[Value] = set()
     for layer in reversed(layers):
-        layer.final = any(v in final for v in layer.outputs)
+        layer.final = any(v in final for v in layer.outputs) and not read.intersection(layer.outputs)
         if layer.final and layer.kind == "move":
-            readers = [r for r in layers if set(r.inputs) & set(layer.inputs)]
-            if readers == [layer]:
-                final.update(layer.inputs)
+            final.update(v for v in layer.inputs if v not in read)
+        else:
+            read.update(layer.inputs)
 
 
 def _reachable(layers: list[Layer], program: Program) -> list[Layer]:
@@ -402,7 +408,7 @@ def _segments(
     for i, eqn in enumerate(equations):
         piece.append(eqn)
         out = eqn.outputs[0]
-        if out is end or open_until <= i:
+        if out is end or (out.carries and open_until <= i):
             pieces.append(_Segment(start, out, piece))
             start, piece = out, []
         open_until = max(open_until, last_use.get(out, i + 1))
@@ -501,6 +507,8 @@ def _is_log(piece: _Segment) -> bool:
 
 def _is_affine(eqn: Equation) -> bool:
     prim = eqn.primitive
+    if not eqn.outputs[0].carries:  # a cast to integers is none
+        return False
     if prim in P.DIV:
         return eqn.inputs[0].depends and not eqn.inputs[1].depends
     if prim in P.MUL or prim in P.ADD or prim in P.SUB:

@@ -151,11 +151,14 @@ def absorb_tail(program: Program, core: Equation) -> LinearSpec:
 def _absorbs(program: Program, core: Equation, tail: Sequence[Equation], eqn: Equation, weighted: bool) -> bool:
     prim = eqn.primitive
     value = tail[-1].outputs[0] if tail else core.outputs[0]
+    out, *others = eqn.outputs
+    if others or not out.carries:  # a cast to integers is not linear
+        return False
     if prim in P.CAST or prim in P.NEG:
         return True
     if prim in P.RESHAPE:
         if weighted:
-            return prim not in P.BROADCAST and prim not in P.TRANSPOSE
+            return prim not in P.BROADCAST
         return math.prod(eqn.outputs[0].shape) == math.prod(value.shape)  # keepdims
     if prim not in P.ADD | P.SUB | P.MUL | P.DIV or sum(v.depends for v in eqn.inputs) != 1:
         return False
@@ -192,7 +195,9 @@ def _varying(program: Program, value: Value) -> frozenset[int]:
 def _axes_in_core(core: Equation, tail: Sequence[Equation], axes: frozenset[int]) -> frozenset[int] | None:
     """Map axes of a tail value back to axes of the core's output, through the reshapes in between."""
     for eqn in reversed(tail):
-        if eqn.primitive in P.RESHAPE:
+        if eqn.primitive in P.TRANSPOSE:
+            axes = frozenset(eqn.params["permutation"][i] for i in axes)
+        elif eqn.primitive in P.RESHAPE:
             before, after = eqn.inputs[0].shape, eqn.outputs[0].shape
             mapped = {_same_axis(before, after, i) for i in axes}
             if None in mapped:
@@ -213,6 +218,8 @@ def _same_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int | 
 def _weight_axes(core: Equation) -> frozenset[int]:
     """Axes of the output that are axes of the weight too."""
     if core.primitive in P.CONV:
+        if core.inputs[1].depends:  # the kernel is what is explained: the images are its weights
+            return frozenset()
         return frozenset({core.params["dimension_numbers"].out_spec[1]})
     return frozenset(_dot_axes(core))
 
@@ -232,9 +239,11 @@ def _dot_axes(core: Equation) -> dict[int, int]:
 def _align(core: Equation, tail: Sequence[Equation], eqn: Equation, factor: jax.Array) -> jax.Array:
     """Bring a scale from the shape it has in the tail to one that broadcasts against the core's output."""
     shape, here = core.outputs[0].shape, eqn.outputs[0].shape
-    if factor.ndim == 0 or not (core.primitive in P.DOT or core.primitive in P.CONV):
-        return factor
     behind = [e for e in tail[: list(tail).index(eqn)] if e.primitive in P.RESHAPE]
+    if not (core.primitive in P.DOT or core.primitive in P.CONV):
+        return factor.ravel()[0] if behind else factor  # behind a reshape only one number is absorbed
+    if factor.ndim == 0:
+        return factor
     allowed = _weight_axes(core)
     # Only axes of the weights vary (absorb_tail saw to it): take one representative along all others.
     keep = {}
@@ -246,7 +255,10 @@ def _align(core: Equation, tail: Sequence[Equation], eqn: Equation, factor: jax.
     target = [1] * len(shape)
     for axis, back in keep.items():
         target[back] = here[axis]
-    return factor[index].reshape(target)
+    kept = sorted(keep)
+    in_core_order = sorted(range(len(kept)), key=lambda k: keep[kept[k]])
+    values = factor[index].reshape([here[axis] for axis in kept])
+    return values.transpose(in_core_order).reshape(target)
 
 
 def _scaled(core: Equation, weight: jax.Array, scale: jax.Array) -> jax.Array:
@@ -285,6 +297,8 @@ def _features(core: Equation | None, tail: Sequence[Equation], ndim: int) -> tup
     if core is not None and core.primitive in P.WINDOW_SUM:
         first = next((i for i, n in enumerate(core.params["window_dimensions"]) if n > 1), ndim - 1)
         return tuple(range(first, ndim))
+    if core is not None and core.primitive in P.SUMMING and ndim == 1:
+        return ()  # the only axis left is that of the samples, or there are none
     return (ndim - 1,) if ndim else ()
 
 
@@ -344,7 +358,7 @@ def _scatter_add(eqn: Equation, env: Mapping[Value, Any]) -> Core:
     operand, indices, updates = eqn.inputs
     index = read(env, indices)
     dtype = wide_dtype(eqn.outputs[0].dtype)
-    live = [v for v in (operand, updates) if v.carries]
+    live = list(dict.fromkeys(v for v in (operand, updates) if v.carries))
 
     def run(values: Mapping[Value, Any]) -> jax.Array:
         zero = lambda v: jnp.zeros(v.shape, dtype)  # noqa: E731

@@ -33,6 +33,8 @@ _KEEPS = (
     | primitives("sinh", "asinh", "atan", "reduce_prod", "cumprod", "sharding_constraint")
 )
 _ANY = primitives("max")
+_GATHER = primitives("gather")
+_INDEXED = primitives("gather", "scatter", "dynamic_slice", "dynamic_update_slice") | P.SCATTER_ADD
 _CLAMP = primitives("clamp")
 _POWER = primitives("integer_pow")
 
@@ -69,7 +71,11 @@ def _result(equation: Equation, known: set[Value]) -> bool:
     if prim in _POWER:
         return equation.params["y"] % 2 == 0 or signs[0]
     if prim in _KEEPS:
-        moves = prim in P.MOVE or prim in P.SCATTER_ADD
+        if prim in _GATHER and (equation.params.get("fill_value") or 0) < 0:
+            return False
+        if prim in P.CAST and _wraps(equation):
+            return False
+        moves = prim in _INDEXED
         return all(
             s or (moves and i > 0 and _is_index(v)) for i, (s, v) in enumerate(zip(signs, equation.inputs, strict=True))
         )
@@ -84,6 +90,11 @@ def _is(value: Value, known: set[Value]) -> bool:
 
 def _unsigned(value: Value) -> bool:
     return bool(jnp.issubdtype(value.dtype, np.bool_) or jnp.issubdtype(value.dtype, np.unsignedinteger))
+
+
+def _wraps(equation: Equation) -> bool:
+    """A cast between integers may wrap around."""
+    return _is_index(equation.inputs[0]) and _is_index(equation.outputs[0])
 
 
 def _is_index(value: Value) -> bool:

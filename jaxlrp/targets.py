@@ -188,7 +188,7 @@ def _mask(output: jax.Array, index: Any) -> jax.Array:
         bad = known[(known < 0) | (known >= classes)]
         if bad.size:
             raise InputError(f"class {bad[0]} is out of range: the model has classes 0 to {classes - 1}")
-    index = jnp.asarray(index)[..., None]
+    index = jnp.asarray(index).astype(jnp.int32)[..., None]  # labels in 8 bits cannot count to 256 classes
     # a traced class out of range cannot raise: NaN is louder than a map of zeros
     mask = jnp.where((index >= 0) & (index < classes), (index == jnp.arange(classes)).astype(output.dtype), jnp.nan)
     return jnp.broadcast_to(mask, output.shape)

@@ -239,6 +239,7 @@ class Traced:
     """A model taken apart for given arguments, before any number is known."""
 
     program: Program
+    main: Program  # without what serves auxiliary outputs alone
     layers: Layers
     leaves: list[Any]
     explained: list[tuple[Any, list[int]]]  # for each explained argument: its tree and its places among the inputs
@@ -259,12 +260,8 @@ class Forward:
 
     def fold(self, start: Any, steps: dict[str, Step] | None = None) -> Relevances:
         """Relevance of every value, from that of the output (a tree like the output)."""
-        program = self.traced.program
-        seeds = [*jax.tree.leaves(start)]
-        seeds += [jnp.zeros(())] * (len(program.outputs) - len(seeds))
-        live = self.traced.trees["live"]
-        outputs = dataclasses.replace(program, outputs=program.outputs[:live])
-        return fold(outputs, self.assignments, self.env, seeds[:live], self.traced.nonnegative, steps)
+        seeds = jax.tree.leaves(start)
+        return fold(self.traced.main, self.assignments, self.env, seeds, self.traced.nonnegative, steps)
 
     def gather(self, relevance: Relevances) -> Any:
         """Relevance in the shape of the explained arguments."""
@@ -329,13 +326,13 @@ class Setup:
             raise
         position = {leaf: k for k, leaf in enumerate(dynamic)}
         explained = [(t, [position[i] for i in mine]) for t, mine in explained]
-        main = dataclasses.replace(program, outputs=program.outputs[: trees["live"]])
+        main = program.serving(program.outputs[: trees["live"]])
         if not any(v.carries for v in main.outputs):
             raise InputError(
                 "no output of the model depends on the explained input by way of real numbers; check argnums"
             )
         layers = Layers(find_layers(main, self.adapted.root))
-        return Traced(program, layers, arrays, explained, single, trees, nonnegative_values(program))
+        return Traced(program, main, layers, arrays, explained, single, trees, nonnegative_values(main))
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
         """Trace the model, give every layer its rule and run the model once."""

@@ -165,7 +165,7 @@ linen("conv depthwise", nn.Conv(4, (3, 3), feature_group_count=4), CONV, (2, 5, 
 linen("conv depthwise multiplier", nn.Conv(8, (3, 3), feature_group_count=4), CONV, (1, 5, 5, 4))
 linen("conv transposed", nn.ConvTranspose(3, (3, 3), strides=(2, 2)), CONV, (2, 4, 4, 2))
 linen("conv transposed kernel", nn.ConvTranspose(3, (2, 2), (2, 2), transpose_kernel=True), CONV, (1, 4, 4, 2))
-linen("conv local", nn.ConvLocal(3, (3,)), f"{CONV} {DENSE} move/transpose scale/scale", (1, 6, 2))
+linen("conv local", nn.ConvLocal(3, (3,)), f"{CONV} {DENSE}", (1, 6, 2))
 linen("conv unbatched", nn.Conv(3, (3, 3)), f"move/reshape {CONV} move/reshape", (6, 6, 2))
 linen("conv with more batch axes", nn.Conv(3, (3,)), f"move/reshape {CONV} move/reshape", (2, 3, 6, 2))
 linen(

@@ -204,9 +204,9 @@ def _scaled_per_sample(rng: np.random.Generator) -> Case:
 
 @case("einsum_transposed_then_scaled")
 def _einsum_transposed_then_scaled(rng: np.random.Generator) -> Case:
-    # The product comes out as [h, b, o]; a scale behind the transpose is a layer of its own.
+    # The product comes out as [h, b, o]; the scale behind the transpose belongs to it all the same.
     w, s = rng.normal(size=(3, 4, 2)), rng.normal(size=(3, 2))
-    stages = [lambda x: jnp.einsum("bhi,hio->bho", x, w), lambda z: s * z]
+    stages = [lambda x: s * jnp.einsum("bhi,hio->bho", x, w)]
     return Case(lambda x, p: p[1] * jnp.einsum("bhi,hio->bho", x, p[0]), (w, s), rng.normal(size=(2, 3, 4)), stages)
 
 

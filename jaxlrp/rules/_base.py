@@ -67,7 +67,9 @@ class LayerCall:
         scales = _Scales(self.layer.inputs)
         for equation in self.layer.equations:
             held = scales.held(equation) if hold_scale else []
-            here = ChainMap({v: jax.lax.stop_gradient(env[v]) for v in held}, env)
+            # Held at the forward pass's value, which this layer's derivative does not see but an outer one,
+            # through the relevance, does: stop_gradient would make that one wrong.
+            here = ChainMap({v: widen(read(self.env, v)) for v in held}, env)
             equation.run(here, wide=True)
             env.update({v: here[v] for v in equation.outputs})
         return tuple(env[v] for v in self.layer.outputs)

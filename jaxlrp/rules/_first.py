@@ -30,7 +30,6 @@ class WSquare(_WeightsAlone, kw_only=True):
         """``x := 1, w := w², b := b²``."""
         return dataclasses.replace(
             linear,
-            exact=False,
             inputs=tuple(map(jnp.ones_like, linear.inputs)),
             weights=tuple(map(jnp.square, linear.weights)),
             bias=None if linear.bias is None else jnp.square(linear.bias),
@@ -44,7 +43,6 @@ class Flat(_WeightsAlone, kw_only=True):
         """``x := 1, w := 1, b := 0``."""
         return dataclasses.replace(
             linear,
-            exact=False,
             inputs=tuple(map(jnp.ones_like, linear.inputs)),
             weights=tuple(map(jnp.ones_like, linear.weights)),
             bias=None,

@@ -22,6 +22,7 @@ transposes, one where the inputs are known to be nonnegative.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,7 @@ class SplitRule(Rule, kw_only=True):
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """``R_i = Σ (p c⁺ + n c⁻) ρ / stab(p P + n N)``."""
-        linear = self.modify(call.linear)
+        linear = self._modified(call)
         if self.bias == "redistribute":
             return self._redistributed(linear, relevance[0])
         parts = [flow.pull(flow.coefficient) for flow in self._flows(linear, relevance[0])]
@@ -111,7 +112,7 @@ class SplitRule(Rule, kw_only=True):
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Bias, stabiliser, and what had no contribution of the right sign to go to."""
         (arrived,) = relevance
-        linear = self.modify(call.linear)
+        linear = self._modified(call)
         if self.bias == "redistribute":
             kept = self._redistributed_share(linear, arrived)
             return {"dropped sign": total(arrived - kept)}
@@ -127,6 +128,14 @@ class SplitRule(Rule, kw_only=True):
             handed += flow.share
         losses["dropped sign"] += total(arrived - handed)
         return losses
+
+    def _modified(self, call: LayerCall) -> LinearMap:
+        own = call.linear
+        new = self.modify(own)
+        if new is own:
+            return own
+        same = new.inputs is own.inputs
+        return dataclasses.replace(new, exact=False, nonnegative=own.nonnegative and same)
 
     def modify(self, linear: LinearMap) -> LinearMap:
         """Other inputs, weights or bias to compute contributions from; the layer's own by default."""

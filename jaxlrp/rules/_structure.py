@@ -149,20 +149,25 @@ class EqualShare(Rule, kw_only=True):
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative, divided among the factors."""
-        factors = len(call.inputs)
         (out,), (z,) = relevance, call.outputs
-        if call.layer.op in ("div", "pow") and factors == 2:
-            back = call.vjp(ratio(out, stabilise(z, self.epsilon)))
-            return back[0] * call.inputs[0], jnp.zeros_like(call.inputs[1])
-        back = call.vjp(ratio(out, stabilise(factors * z, self.epsilon)))
-        return tuple(x * g for x, g in zip(call.inputs, back, strict=True))
+        back = call.vjp(ratio(out, stabilise(self._factors(call) * z, self.epsilon)))
+        shares = tuple(x * g for x, g in zip(call.inputs, back, strict=True))
+        return (shares[0], jnp.zeros_like(shares[1])) if _is_quotient(call) else shares
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the stabiliser takes."""
-        (z,) = call.outputs
-        factors = len(call.inputs)
-        scaled = z if call.layer.op in ("div", "pow") and factors == 2 else factors * z
+        scaled = self._factors(call) * call.outputs[0]
         return {"stabiliser": total(relevance[0] - scaled * ratio(relevance[0], stabilise(scaled, self.epsilon)))}
+
+    @staticmethod
+    def _factors(call: LayerCall) -> int:
+        # x @ x.T has one input and two factors: the derivative counts both
+        operands = sum(v.carries for v in call.layer.equations[0].inputs)
+        return 1 if _is_quotient(call) else operands
+
+
+def _is_quotient(call: LayerCall) -> bool:
+    return call.layer.op == "div" and len(call.layer.inputs) == 2
 
 
 class HoldScale(Rule, kw_only=True):
