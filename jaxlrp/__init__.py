@@ -14,8 +14,10 @@ from . import plot as plot
 from . import targets as targets
 from .accounts import Ledger as Ledger
 from .accounts import ledger as ledger
+from .composites import CPLRP as CPLRP
 from .composites import Assignment as Assignment
 from .composites import Assignments as Assignments
+from .composites import AttnLRP as AttnLRP
 from .composites import Composite as Composite
 from .composites import DeconvNet as DeconvNet
 from .composites import EpsilonAlpha2Beta1 as EpsilonAlpha2Beta1
@@ -26,6 +28,8 @@ from .composites import EpsilonPlusFlat as EpsilonPlusFlat
 from .composites import ExcitationBackprop as ExcitationBackprop
 from .composites import GradientComposite as GradientComposite
 from .composites import GuidedBackprop as GuidedBackprop
+from .composites import MambaLRP as MambaLRP
+from .composites import RecurrentLRP as RecurrentLRP
 from .composites import first as first
 from .composites import kind as kind
 from .composites import last as last
@@ -43,6 +47,7 @@ from .layers import Layer as Layer
 from .registry import custom_layer as custom_layer
 from .registry import register_rule as register_rule
 from .rules import AlphaBeta as AlphaBeta
+from .rules import Constant as Constant
 from .rules import DeconvNetReLU as DeconvNetReLU
 from .rules import Epsilon as Epsilon
 from .rules import EqualShare as EqualShare
@@ -51,12 +56,14 @@ from .rules import Gamma as Gamma
 from .rules import Gradient as Gradient
 from .rules import GuidedReLU as GuidedReLU
 from .rules import HoldScale as HoldScale
+from .rules import LayerByLayer as LayerByLayer
 from .rules import LayerCall as LayerCall
 from .rules import Norm as Norm
 from .rules import Pass as Pass
 from .rules import Residual as Residual
 from .rules import Route as Route
 from .rules import Rule as Rule
+from .rules import SignalTakeAll as SignalTakeAll
 from .rules import SplitRule as SplitRule
 from .rules import WSquare as WSquare
 from .rules import ZBox as ZBox

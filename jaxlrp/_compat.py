@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.core
 from jax import lax
@@ -42,6 +41,10 @@ _INLINED = {
     primitive("call_p"): "call_jaxpr",
     primitive("remat_p"): "jaxpr",
 }
+SCATTER_ADD = primitives("scatter_add")
+SCAN = primitives("scan")
+COND = primitives("cond")
+
 # Calls with a derivative of their own: kept whole while their body is elementwise, so that derivatives of
 # relevance use the derivative that the author of the function wrote (relu at 0, logaddexp at infinity).
 _CUSTOM = {
@@ -74,6 +77,21 @@ def is_custom_call(equation: Any) -> bool:
     return equation.primitive in _CUSTOM
 
 
+def scan_parts(equation: Any) -> tuple[tuple[Any, Sequence[Any]], int, int]:
+    """Of a scan: the open jaxpr of its step with constants, and how many operands are constants and carries."""
+    params = equation.params
+    if "num_consts" in params:
+        consts, carries = params["num_consts"], params["num_carry"]
+    else:  # since jax 0.11 operands are described by a tree
+        consts, carries, _ = map(len, params["ft_in"].unpack())
+    return _open(params["jaxpr"]), consts, carries
+
+
+def cond_branches(equation: Any) -> list[tuple[Any, Sequence[Any]]]:
+    """The open jaxpr and constants of every branch of a ``cond`` or ``switch``."""
+    return [_open(branch) for branch in equation.params["branches"]]
+
+
 def call_name(equation: Any) -> str | None:
     """The name of the Python function behind a call equation, if jax recorded one."""
     name = equation.params.get("name")
@@ -82,6 +100,10 @@ def call_name(equation: Any) -> str | None:
 
 def bind(prim: Primitive, params: Mapping[str, Any], *values: Any) -> list[Any]:
     """Run one equation again on other values; always returns a list of outputs."""
+    if prim in SCATTER_ADD:
+        # Its combiner was traced for one dtype; the public function makes one that fits these values.
+        keys = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+        return [lax.scatter_add(*values, **{k: params[k] for k in keys})]
     bound = prim.get_bind_params(dict(params))
     if isinstance(bound, tuple):  # up to jax 0.10 some primitives give (subfuns, params)
         subfuns, bound = bound
@@ -99,26 +121,42 @@ def scope(equation: Any) -> tuple[str, ...]:
     text = str(equation.source_info.name_stack)
     while (plain := _TRANSFORM.sub(r"\1", text)) != text:  # vmap(Net)/Conv_0 is still Net/Conv_0
         text = plain
-    return tuple(part for part in text.split("/") if part)
+    parts = (part for part in text.split("/") if part and not _IS_NO_MODULE.match(part))
+    return tuple(_METHOD.sub("", part) for part in parts)
 
 
-_LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
-    for module in (jax, flax, sys.modules[__name__.rpartition(".")[0]])
-)
+_METHOD = re.compile(r"\.[a-z_]\w*$")  # Linen writes Bert.encode for a method that is not __call__
+# einsum leaves its equation ("ij,jk->ik") in the name stack, Equinox its layers' classes ("eqx.nn.Linear"), which say
+# less than the parameters' paths.
+_IS_NO_MODULE = re.compile(r"[\w.]*,[\w.,]*(->.*)?$|[\w.]*->|eqx\.nn\.")
+
+
+_PACKAGE = __name__.rpartition(".")[0]
+_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models") + os.sep
+
+
+def _folders(*packages: str) -> tuple[str, ...]:
+    """Where those of these packages that are loaded lie."""
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in packages)
+    return tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in files if file)
 
 
 def user_frames(equation: Any) -> list[tuple[str, str]]:
     """Where the model's own code made an equation, innermost first: pairs of ``"file.py:12"`` and function name.
 
-    Frames of jax, Flax and jaxlrp are left out: the reader wants the line of the model.
+    Frames of jax, jaxlrp and the framework are left out: the reader wants the line of the model. A framework's own line
+    is given where there is none.
     """
-    traceback = getattr(equation.source_info, "traceback", None)
-    return [
-        (f"{os.path.basename(frame.file_name)}:{frame.line_num}", frame.function_name)
-        for frame in getattr(traceback, "frames", ())
-        if not frame.file_name.startswith(_LIBRARIES)
-    ]
+    frames = getattr(getattr(equation.source_info, "traceback", None), "frames", ())
+    for libraries in (_folders("jax", _PACKAGE, "flax", "keras", "equinox", "haiku"), _folders("jax", _PACKAGE)):
+        found = [
+            (f"{os.path.basename(frame.file_name)}:{frame.line_num}", frame.function_name)
+            for frame in frames
+            if frame.file_name.startswith(_MODELS) or not frame.file_name.startswith(libraries)
+        ]
+        if found:
+            return found
+    return []
 
 
 def is_concrete(value: Any) -> bool:

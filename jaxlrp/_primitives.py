@@ -18,13 +18,18 @@ NEG = primitives("neg")
 MAXMIN = primitives("max", "min")
 SELECT = primitives("select_n")
 BROADCAST = primitives("broadcast_in_dim")
-CAST = primitives("convert_element_type", "reduce_precision", "copy", "name", "optimization_barrier")
+CAST = primitives("convert_element_type", "reduce_precision", "copy", "name")
+BARRIER = primitives("optimization_barrier")
+PROD = primitives("reduce_prod")
 RESHAPE = primitives("reshape", "squeeze", "transpose", "broadcast_in_dim", "expand_dims")
 TRANSPOSE = primitives("transpose")
 STOP_GRADIENT = primitives("stop_gradient")
 MAX = primitives("max")
 MIN = primitives("min")
 GREATER = primitives("gt", "ge")
+COMPARING = GREATER | primitives("lt", "le", "eq", "ne")
+GATHER = primitives("gather")
+LOOKUP = primitives("gather", "dynamic_slice")
 LOG = primitives("log", "log1p", "log2")
 EXP = primitives("exp", "exp2", "expm1")
 CUSTOM_CALLS = primitives("custom_jvp_call", "custom_vjp_call")
@@ -144,8 +149,13 @@ SCATTER_ADD = primitives("scatter_add")
 PICKING = primitives("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "cummax", "cummin")
 SORTING = primitives("sort", "top_k", "approx_top_k")
 
-#: Many numbers in, fewer out: a statistic of its operand as long as it is used as one.
-REDUCTION = SUMMING | PICKING | primitives("reduce_prod", "cumprod", "cumlogsumexp")
+SCATTER_PICK = primitives("scatter_max", "scatter_min")
+
+#: Many numbers in, fewer out: a statistic of its operand as long as it is used as one. Scatters reduce segments.
+REDUCTION = SUMMING | PICKING | SCATTER_ADD | SCATTER_PICK | primitives("reduce_prod", "cumprod", "cumlogsumexp")
+
+#: What makes a statistic where it stands inside of a region; of matrix products, sums of squares alone stand there.
+STATISTIC = REDUCTION | DOT
 
 #: Decisions: what follows from them alone is constant as far as relevance is concerned.
 DECIDING = primitives("argmax", "argmin", "reduce_and", "reduce_or", "reduce_xor")

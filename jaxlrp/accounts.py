@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from . import _compat
-from .composites import Composite
+from .composites import Assignment, Composite
 from .errors import ConservationError, InputError
 from .fold import Relevances, Step, at
 from .graph import widen
@@ -30,18 +31,20 @@ class Ledger(struct.PyTreeNode):
     Attributes:
         layers: names of the layers that relevance came through, in execution order.
         rules: their rules, printed.
+        depths: 0 for the model's own layers, 1 for those inside of a recurrence (summed over its steps) or branch, ...
         arrived: ``[layers]`` relevance at each layer's outputs.
         handed: ``[layers]`` relevance that it gave to its inputs.
         losses: by name, ``[layers]``: ``"bias"``, ``"stabiliser"``, ``"dropped sign"`` (no contribution of the right
             sign to go to), ``"constant"`` (padding and other constants), ``"normalisation"``, ``"nonlinearity"``,
             ``"gradient"``, ``"decision"`` (numbers made of a comparison).
         size: ``[layers]`` sum of the absolute relevance at each layer's outputs; the scale for `check`.
-        start: relevance of the output, summed.
+        start: relevance of the output, summed (without outputs that do not depend on the input).
         end: relevance of the explained inputs, summed.
     """
 
     layers: tuple[str, ...] = struct.field(pytree_node=False)
     rules: tuple[str, ...] = struct.field(pytree_node=False)
+    depths: tuple[int, ...] = struct.field(pytree_node=False)
     arrived: jax.Array
     handed: jax.Array
     losses: dict[str, jax.Array]
@@ -82,7 +85,8 @@ class Ledger(struct.PyTreeNode):
                 f"{self.arrived[worst]:.6g}, handed on {self.handed[worst]:.6g} and lost "
                 f"{self.unnamed[worst]:.6g} without a name"
             )
-        lost = float(sum(jnp.sum(v) for v in self.losses.values()))
+        own = np.asarray(self.depths) == 0  # a recurrence's row holds what was lost inside
+        lost = float(sum(np.sum(np.asarray(v)[own]) for v in self.losses.values()))
         hole = abs(float(self.start) - float(self.end) - lost)
         if not hole <= rtol * max(float(np.max(scale, initial=0.0)), 1e-30):
             raise ConservationError(f"{hole:.6g} of {float(self.start):.6g} went missing between layers")
@@ -96,19 +100,34 @@ class Ledger(struct.PyTreeNode):
         columns = [self.arrived, self.handed, self.kept, *(self.losses[n] for n in names), self.unnamed]
         numbers = [np.asarray(c) for c in columns]
         rows: list[Sequence[str]] = []
-        for i in reversed(range(len(self.layers))):
-            cells = [f"{100 * c[i]:.1f} %" if k == 2 else _number(c[i]) for k, c in enumerate(numbers)]
-            rows.append([self.layers[i], self.rules[i], *cells])
-        sums = [_number(np.sum(np.asarray(self.losses[n]))) for n in names]
+        for i in _downwards(self.depths):
+            cells = [_share(c[i], self.arrived[i]) if k == 2 else _number(c[i]) for k, c in enumerate(numbers)]
+            rows.append(["  " * self.depths[i] + self.layers[i], self.rules[i], *cells])
+        own = np.asarray(self.depths) == 0
+        sums = [_number(np.sum(np.asarray(self.losses[n])[own])) for n in names]
         share = 100 * float(self.end) / float(self.start) if float(self.start) else 0.0
         whole = [
             _number(self.start),
             _number(self.end),
             f"{share:.1f} %",
             *sums,
-            _number(np.sum(numbers[-1])),
+            _number(np.sum(numbers[-1][own])),
         ]
         return table(head, [*rows, ["output to input", "", *whole]], right=range(2, len(head)))
+
+
+def _downwards(depths: Sequence[int], start: int = 0) -> Iterator[int]:
+    """Rows from the output to the input, each recurrence before the layers inside of it."""
+    if not depths:
+        return
+    heads = [i for i, depth in enumerate(depths) if depth == depths[0]]
+    for head, end in reversed(list(itertools.pairwise([*heads, len(depths)]))):
+        yield start + head
+        yield from _downwards(depths[head + 1 : end], start + head + 1)
+
+
+def _share(share: Any, arrived: Any) -> str:
+    return "-" if arrived == 0 else f"{100 * share:.1f} %"
 
 
 def _number(x: Any) -> str:
@@ -146,30 +165,60 @@ def ledger(
     return account
 
 
+class _Account(NamedTuple):
+    """One layer's row."""
+
+    arrived: jax.Array
+    handed: jax.Array
+    size: jax.Array
+    losses: dict[str, jax.Array]
+
+
+class _Bookkeeper:
+    """Watches a fold and opens an account for every layer, that of a layer inside of a scan summed over the steps."""
+
+    def see(self, assignment: Assignment, step: Step, relevance: Relevances) -> _Account:
+        arrived, lost = _sum(step.arrived), _sum(step.lost)
+        size = _sum(tuple(map(jnp.abs, step.arrived)))
+        return _Account(arrived, _sum(step.handed) - lost, size, self._losses(assignment, step, arrived, lost))
+
+    def join(self, seen: _Account) -> _Account:
+        return jax.tree.map(lambda a: jnp.sum(a, axis=0), seen)
+
+    @staticmethod
+    def _losses(assignment: Assignment, step: Step, arrived: jax.Array, lost: jax.Array) -> dict[str, jax.Array]:
+        if not assignment.layer.inputs:
+            return {"decision": arrived}
+        if not assignment.inside:
+            losses = dict(assignment.rule.losses(step.call, *step.arrived))
+        else:  # a recurrence loses what the layers inside lose, and what comes to constants: carries that start as such
+            assert step.inner is not None
+            losses = {"constant": step.inner.unplaced}
+            within = [step.inner.seen.get(a.layer.name) for inner in assignment.inside for a in inner]
+            for account in (a for a in within if a is not None):
+                for name, loss in account.losses.items():
+                    losses[name] = losses.get(name, 0.0) + loss
+        if step.lost:
+            losses["constant"] = losses.get("constant", 0.0) + lost
+        return losses
+
+
 def balance(forward: Forward, start: Any) -> tuple[Ledger, Relevances]:
     """The ledger of one fold, and the relevance of every value."""
-    steps: dict[str, Step] = {}
-    relevance = forward.fold(start, steps)
-    passed = [a for a in forward.assignments if a.layer.name in steps]
-    arrived, handed, size, losses = [], [], [], []
-    for assignment in passed:
-        step = steps[assignment.layer.name]
-        arrived.append(_sum(step.arrived))
-        handed.append(_sum(step.handed))
-        size.append(_sum(tuple(map(jnp.abs, step.arrived))))
-        ends = not assignment.layer.inputs
-        losses.append({"decision": arrived[-1]} if ends else assignment.rule.losses(step.call, *step.arrived))
-    names = list(dict.fromkeys(n for loss in losses for n in loss))
-    inputs = [v for v in forward.traced.program.inputs if v.depends]
+    relevance, accounts, unplaced = forward.fold(start, _Bookkeeper())
+    passed = [(a, depth) for a, depth in forward.assignments.every() if a.layer.name in accounts]
+    rows = [accounts[a.layer.name] for a, _ in passed]
+    names = list(dict.fromkeys(n for row in rows for n in row.losses))
     account = Ledger(
-        layers=tuple(a.layer.name for a in passed),
-        rules=tuple(str(a.rule) for a in passed),
-        arrived=_stack(arrived),
-        handed=_stack(handed),
-        losses={n: _stack([loss.get(n, jnp.zeros(())) for loss in losses]) for n in names},
-        size=_stack(size),
-        start=_sum(tuple(jax.tree.leaves(start))),
-        end=_sum(tuple(at(relevance, v) for v in inputs)),
+        layers=tuple(a.layer.name for a, _ in passed),
+        rules=tuple(str(a.rule) for a, _ in passed),
+        depths=tuple(depth for _, depth in passed),
+        arrived=_stack([row.arrived for row in rows]),
+        handed=_stack([row.handed for row in rows]),
+        losses={n: _stack([row.losses.get(n, jnp.zeros(())) for row in rows]) for n in names},
+        size=_stack([row.size for row in rows]),
+        start=_sum(tuple(jax.tree.leaves(start))) - unplaced,
+        end=_sum(tuple(at(relevance, v) for v in forward.traced.sources)),
     )
     return account, relevance
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 
-from .errors import NoRuleError, UnknownLayerError
-from .layers import KINDS, Layer
+from .errors import NoRuleError, RuleError, UnknownLayerError
+from .graph import Value
+from .layers import KINDS, Layer, every_layer
 from .rules import (
     AlphaBeta,
+    Constant,
     DeconvNetReLU,
     Epsilon,
     EqualShare,
@@ -26,10 +28,12 @@ from .rules import (
     Gradient,
     GuidedReLU,
     HoldScale,
+    LayerByLayer,
     Norm,
     Pass,
     Route,
     Rule,
+    SignalTakeAll,
     ZBox,
     Zero,
     ZPlus,
@@ -65,6 +69,10 @@ OPS = (
         "matmul",
         "mul",
         "div",
+        "gate",
+        "prod",
+        "scan",
+        "cond",
         "softmax",
         "log_softmax",
     ),
@@ -126,13 +134,14 @@ class Extreme(Selector):
     def select(self, layers: Sequence[Layer]) -> list[bool]:
         """Those that no other layer of the kind lies before (or behind) in data flow."""
         chosen = Kind(self.kind).select(layers)
-        order = list(range(len(layers)))
+        outside = {v: out for layer in layers for body in layer.bodies for v, out in body.outside.items()}
+        order = [i for i, layer in enumerate(layers) if not layer.bodies]  # the layers inside stand for these
         if self.end == "last":
             order.reverse()
         behind: set[Any] = set()  # values on the far side of a layer of this kind
         found = [False] * len(layers)
         for i in order:
-            near, far = layers[i].inputs, layers[i].outputs
+            near, far = ({_outermost(v, outside) for v in vs} for vs in (layers[i].inputs, layers[i].outputs))
             if self.end == "last":
                 near, far = far, near
             hidden = any(v in behind for v in near)
@@ -143,6 +152,12 @@ class Extreme(Selector):
 
     def __str__(self) -> str:
         return f'{self.end}("{self.kind}")'
+
+
+def _outermost(value: Value, outside: Mapping[Value, Value]) -> Value:
+    while value in outside:
+        value = outside[value]
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,25 +226,39 @@ DEFAULTS: tuple[tuple[Selector, Rule], ...] = (
     (kind("move"), Route()),
     (kind("pick"), Route()),
     (kind("product"), EqualShare()),
+    (kind("gate"), SignalTakeAll()),
     (kind("normalization"), HoldScale()),
     (kind("softmax"), Zero()),
+    (kind("recurrence"), LayerByLayer()),
+    (kind("branch"), LayerByLayer()),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """Which rule a layer got, and which entry of the composite gave it."""
+    """Which rule a layer got, which entry of the composite gave it, and the same for layers inside of a recurrence."""
 
     layer: Layer
     rule: Rule
     reason: str
+    inside: tuple[Assignments, ...] = ()
 
 
 class Assignments(tuple[Assignment, ...]):
     """The rule of every layer; prints as a table."""
 
+    def every(self, depth: int = 0) -> Iterator[tuple[Assignment, int]]:
+        """Every assignment with its depth, those inside of a recurrence or branch after the one they are inside of."""
+        for assignment in self:
+            yield assignment, depth
+            for inner in assignment.inside:
+                yield from inner.every(depth + 1)
+
     def __str__(self) -> str:
-        rows = [(a.layer.name, f"{a.layer.kind}/{a.layer.op}", str(a.rule), a.reason) for a in self]
+        rows = [
+            ("  " * depth + a.layer.name, f"{a.layer.kind}/{a.layer.op}", str(a.rule), a.reason)
+            for a, depth in self.every()
+        ]
         return table(("layer", "kind", "rule", "because of"), rows)
 
 
@@ -274,26 +303,17 @@ class Composite:
             UnknownLayerError: a name or kind matches nothing.
             NoRuleError: a layer is left without a rule.
         """
-        rules: list[tuple[Rule, str] | None] = [None] * len(layers)
+        every = [layer for layer, _ in every_layer(layers)]
+        found: dict[Layer, tuple[Rule, str]] = {}
         for entries, default in ((DEFAULTS, True), (self.entries, False)):
             for selector, rule in entries:
-                for i, chosen in enumerate(selector.select(layers)):
-                    if chosen:
-                        rules[i] = (rule, "default" if default else str(selector))
-        assigned = []
-        for layer, found in zip(layers, rules, strict=True):
-            if layer.rule is not None:
-                found = (layer.rule, "custom_layer" if layer.equations[0].custom else "register_rule")
-            elif layer.kind == "softmax" and layer.final and layer.op == "softmax" and found and found[1] == "default":
-                # Relevance starts as the predicted probabilities and goes to the logits unchanged.
-                found = (Pass(), "final softmax")
-            if found is None:
-                raise NoRuleError(
-                    f"no rule for layer '{layer.name}' ({layer.kind}/{layer.op}, {layer.source}); "
-                    f'add an entry such as (jaxlrp.kind("{layer.kind}"), jaxlrp.Epsilon())'
+                chosen = selector.select(every)
+                found.update(
+                    (layer, (rule, "default" if default else str(selector)))
+                    for layer, yes in zip(every, chosen, strict=True)
+                    if yes
                 )
-            assigned.append(Assignment(layer, *found))
-        return Assignments(assigned)
+        return Assignments(_assignment(layer, found) for layer in layers)
 
     def __repr__(self) -> str:
         if not self.entries:
@@ -312,6 +332,28 @@ class Composite:
         composite = object.__new__(cls)
         composite.entries = tuple(zip(selectors, rules, strict=True))
         return composite
+
+
+def _assignment(layer: Layer, found: Mapping[Layer, tuple[Rule, str]]) -> Assignment:
+    rule, reason = found.get(layer, (None, ""))
+    if layer.rule is not None:
+        rule, reason = layer.rule, "custom_layer" if layer.equations[0].custom else "register_rule"
+    elif layer.op == "softmax" and layer.final and (reason == "default" or isinstance(rule, Constant)):
+        # Relevance starts as the predicted probabilities and goes to the logits unchanged.
+        rule, reason = Pass(), "final softmax"
+    if rule is None:
+        raise NoRuleError(
+            f"no rule for layer '{layer.name}' ({layer.kind}/{layer.op}, {layer.source}); "
+            f'add an entry such as (jaxlrp.kind("{layer.kind}"), jaxlrp.Epsilon())'
+        )
+    if isinstance(rule, LayerByLayer) and not layer.bodies:
+        raise RuleError(
+            f"LayerByLayer() is for recurrences and branches; layer '{layer.name}' ({layer.kind}/{layer.op}) has no "
+            "layers inside"
+        )
+    bodies = layer.bodies if isinstance(rule, LayerByLayer) else ()
+    inside = (Assignments(_assignment(inner, found) for inner in body.layers) for body in bodies)
+    return Assignment(layer, rule, reason, tuple(inside))
 
 
 def _entry(entry: Any) -> tuple[Selector, Rule]:
@@ -384,9 +426,59 @@ def ExcitationBackprop(*, bias: Bias = "absorb") -> Composite:
     return Composite((kind("linear"), ZPlus(bias=bias)), (kind("activation"), Gradient()))
 
 
+def AttnLRP(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
+    """The rules of AttnLRP for transformers (Achtibat et al., 2024).
+
+    Epsilon for linear layers, scales and sums, the scale of normalisations held constant, the first-order Taylor term
+    for softmax, equal shares for the factors of products (attention scores, attention times values, SwiGLU), identity
+    for activations. Gates made by a sigmoid get nothing.
+    """
+    return Composite(
+        (kind("linear"), Epsilon(epsilon, bias=bias)),
+        (kind("scale"), Epsilon(epsilon, bias=bias)),
+        (kind("sum"), Norm(epsilon)),
+        (kind("normalization"), HoldScale(epsilon=epsilon)),
+        (kind("softmax"), Zero()),
+        (kind("product"), EqualShare(epsilon=epsilon)),
+        (kind("gate"), SignalTakeAll(epsilon=epsilon)),
+    )
+
+
+def CPLRP(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
+    """The conservative rules for transformers (Ali et al., 2022): attention weights and gates count as constants.
+
+    As `AttnLRP`, but nothing passes a softmax, so that values get all relevance of attention, and what an activation
+    multiplies (the linear half of SwiGLU) gets all of a product.
+    """
+    return AttnLRP(epsilon, bias=bias).extend(
+        (kind("softmax"), Constant()), (kind("product"), SignalTakeAll(epsilon=epsilon))
+    )
+
+
+def RecurrentLRP(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
+    """The rules for LSTM and GRU (Arras et al., 2017): epsilon throughout, and gates get nothing."""
+    return AttnLRP(epsilon, bias=bias).extend((kind("product"), SignalTakeAll(epsilon=epsilon)))
+
+
+def MambaLRP(constant: str | Sequence[str] = "**/x_proj", epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
+    """The rules for selective state-space models (Jafari et al., 2024): the recurrence is linear in its input.
+
+    What the layers named by ``constant`` compute counts as constant: the projection that makes step size, B and C
+    (A is a parameter). Activations pass relevance, and the output gate shares it equally.
+
+    Args:
+        constant: globs of the names of these layers.
+        epsilon: the stabiliser of linear layers, sums and products.
+        bias: what becomes of the share of biases.
+    """
+    patterns = [constant] if isinstance(constant, str) else list(constant)
+    return AttnLRP(epsilon, bias=bias).extend(*((name(pattern), Constant()) for pattern in patterns))
+
+
 def GradientComposite() -> Composite:
     """The plain gradient, folded layer by layer: for comparison, and to capture gradients at hidden layers."""
-    return Composite((kind("*"), Gradient()))
+    inside = LayerByLayer()
+    return Composite((kind("*"), Gradient()), (kind("recurrence"), inside), (kind("branch"), inside))
 
 
 def GuidedBackprop() -> Composite:
@@ -411,6 +503,9 @@ PRESETS: dict[str, Callable[..., Composite]] = {
     "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
     "epsilon_alpha2_beta1_flat": EpsilonAlpha2Beta1Flat,
     "excitation_backprop": ExcitationBackprop,
+    "attnlrp": AttnLRP,
+    "cplrp": CPLRP,
+    "recurrent_lrp": RecurrentLRP,
     "guided_backprop": GuidedBackprop,
     "deconvnet": DeconvNet,
     "gradient": GradientComposite,

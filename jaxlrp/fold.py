@@ -3,37 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from .composites import Assignments
+from .composites import Assignment, Assignments
 from .errors import RuleError
-from .graph import Env, Program, Value, wide_dtype, widen
-from .rules import LayerCall
+from .graph import Cond, Env, Program, Scan, Value, read, wide_dtype, widen
+from .rules import Constant, LayerByLayer, LayerCall
 
 Relevances = dict[Value, jax.Array]
+Seen = dict[str, Any]  # what a `Watch` saw, by layer name
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One layer's part in a fold, as the ledger wants to see it."""
+    """One layer's part in a fold, as a `Watch` wants to see it."""
 
     arrived: tuple[jax.Array, ...]  # relevance at the layer's outputs
     handed: tuple[jax.Array, ...]  # relevance that its rule gave to its inputs
+    lost: tuple[jax.Array, ...]  # what of it went to inputs that count as constants
     call: LayerCall
+    inner: Folded | None = None  # what happened inside of a recurrence or branch
+
+
+class Folded(NamedTuple):
+    """What a fold gives."""
+
+    relevance: Relevances  # of every value that it reached
+    seen: Seen  # what the `Watch` kept of each layer
+    unplaced: jax.Array  # relevance of outputs that are constants, summed: it has nowhere to go
+
+
+class Watch(Protocol):
+    """Looks on while relevance is folded, and keeps what it wants of every layer."""
+
+    def see(self, assignment: Assignment, step: Step, relevance: Relevances) -> Any:
+        """What to keep of a layer (a pytree of arrays), once all relevance has come to its inputs."""
+
+    def join(self, seen: Any) -> Any:
+        """What to keep of a layer inside of a scan, given what was kept of every step, stacked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a model's values before any number is: found once, read by rules."""
+
+    nonnegative: frozenset[Value] = frozenset()  # never negative: half of a sign split is empty
+    constant: frozenset[Value] = frozenset()  # made only of what a `Constant` rule declared constant
 
 
 def fold(
     program: Program,
     assignments: Assignments,
     env: Env,
-    seeds: Sequence[jax.Array],
-    nonnegative: frozenset[Value] = frozenset(),
-    steps: dict[str, Step] | None = None,
-) -> Relevances:
+    seeds: Sequence[Any],
+    known: Known,
+    watch: Watch | None = None,
+) -> Folded:
     """Relevance of every value that relevance reaches, given that of the program's outputs.
 
     Relevance adds up where a value has several readers: when a layer's turn comes, all its readers had theirs.
@@ -43,31 +72,189 @@ def fold(
         assignments: its layers in execution order, with their rules.
         env: the values of one forward pass.
         seeds: relevance of the outputs, one array for each of ``program.outputs``.
-        nonnegative: values that are known never to be negative, which saves rules half of their work.
-        steps: if given, filled with what happened at each layer, by name.
+        known: what rules may rely on.
+        watch: sees every layer that relevance came through.
+
     """
     relevance: Relevances = {}
+    unplaced = jnp.zeros(())
     for value, start in zip(program.outputs, seeds, strict=True):
-        if value.carries:
+        if value.carries and value not in known.constant:
             _add(relevance, value, widen(start))
-    for layer, rule in ((a.layer, a.rule) for a in reversed(assignments)):
+        elif start is not None:
+            unplaced += jnp.sum(widen(start))
+    steps: list[tuple[Assignment, Step]] = []
+    for assignment in reversed(assignments):
+        layer = assignment.layer
         if not any(v in relevance for v in layer.outputs):
             continue
         arrived = tuple(relevance.get(v, _zeros(v)) for v in layer.outputs)
-        call = LayerCall(layer, env, nonnegative.issuperset(layer.inputs))
-        # a number made of a comparison has no input that carries relevance: it ends here
-        handed = rule.fold(call, *arrived) if layer.inputs else ()
-        _check(layer.name, str(rule), layer.inputs, handed)
+        call = LayerCall(layer, env, known.nonnegative.issuperset(layer.inputs), known.constant)
+        inner = None
+        if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
+            handed = ()
+        elif isinstance(assignment.rule, LayerByLayer):
+            handed, inner = _fold_inside(assignment, env, arrived, known, watch)
+        else:
+            handed = assignment.rule.fold(call, *arrived)
+        _check(layer.name, str(assignment.rule), layer.inputs, handed)
+        lost = []
         for value, part in zip(layer.inputs, handed, strict=True):
+            if value in known.constant:
+                lost.append(part)
+            else:
+                _add(relevance, value, part)
+        steps.append((assignment, Step(arrived, tuple(handed), tuple(lost), call, inner)))
+    seen: Seen = {}
+    if watch is not None:
+        for assignment, step in steps:
+            seen[assignment.layer.name] = watch.see(assignment, step, relevance)
+            seen.update(step.inner.seen if step.inner else {})
+    return Folded(relevance, seen, unplaced)
+
+
+# -- recurrences and branches -----------------------------------------------------------------------------------------
+
+
+def _fold_inside(
+    assignment: Assignment, env: Env, arrived: tuple[jax.Array, ...], known: Known, watch: Watch | None
+) -> tuple[tuple[jax.Array, ...], Folded]:
+    layer = assignment.layer
+    (equation,) = layer.equations
+    given = dict(zip(layer.outputs, arrived, strict=True))
+    through = _fold_scan if isinstance(equation, Scan) else _fold_cond
+    handed, seen, unplaced = through(equation, assignment.inside, env, given, known, watch)  # type: ignore[arg-type]
+    relevance: Relevances = {}
+    for value, part in zip(equation.inputs, handed, strict=True):  # an operand may be given twice
+        if value.carries:
             _add(relevance, value, part)
-        if steps is not None:
-            steps[layer.name] = Step(arrived, tuple(handed), call)
-    return relevance
+        elif part is not None:  # a carry that starts as a constant
+            unplaced += jnp.sum(part)
+    return tuple(relevance[v] for v in layer.inputs), Folded(relevance, seen, unplaced)
+
+
+def _fold_scan(
+    scan: Scan,
+    inside: Sequence[Assignments],
+    env: Env,
+    arrived: Relevances,
+    known: Known,
+    watch: Watch | None,
+) -> tuple[list[Any], Seen, jax.Array]:
+    """Steps backwards: each is replayed from the carries that it began with, and folded by its own layers.
+
+    Relevance of a carry goes to the step before, that of a constant adds up over the steps.
+    """
+    step = scan.step
+    consts, carries, stacked = scan.split(step.inputs)
+    values, _, given = scan.split([jnp.asarray(read(env, v), v.dtype) for v in scan.inputs])
+    starts = tuple(env[v] for v in scan.starts)
+    outputs = _at_all(arrived, scan.outputs)
+
+    def back(after: Any, now: Any) -> Any:
+        (to_carries, to_consts), (start, x, to_outputs) = after, now
+        inner = step.evaluate((*values, *start, *x))
+        relevance, seen, unplaced = fold(step, inside[0], inner, (*to_carries, *to_outputs), known, watch)
+        added = (None if r is None else r + at(relevance, v) for r, v in zip(to_consts, consts, strict=True))
+        return (_at_all(relevance, carries), tuple(added)), (_at_all(relevance, stacked), seen, unplaced)
+
+    first = (outputs[: scan.carries], _at_all({}, consts))
+    over = (starts, given, outputs[scan.carries :])
+    (to_init, to_consts), (to_stacked, seen, unplaced) = jax.lax.scan(
+        back, first, over, length=scan.params["length"], reverse=not scan.params["reverse"]
+    )
+    joined = {name: watch.join(s) for name, s in seen.items()} if watch is not None else {}
+    return [*to_consts, *to_init, *to_stacked], joined, jnp.sum(unplaced)
+
+
+def _fold_cond(
+    cond: Cond,
+    inside: Sequence[Assignments],
+    env: Env,
+    arrived: Relevances,
+    known: Known,
+    watch: Watch | None,
+) -> tuple[list[Any], Seen, jax.Array]:
+    """The branch that was taken is replayed and folded by its own layers; at those of the others nothing arrives."""
+    index, *operands = (read(env, v) for v in cond.inputs)
+    operands = [jnp.asarray(x, v.dtype) for x, v in zip(operands, cond.inputs[1:], strict=True)]
+    seeds = _at_all(arrived, cond.outputs)
+
+    def folder(branch: Program, assignments: Assignments) -> Callable[..., Any]:
+        def back(operands: Any, seeds: Any) -> Any:
+            relevance, seen, unplaced = fold(branch, assignments, branch.evaluate(operands), seeds, known, watch)
+            return _at_all(relevance, branch.inputs), seen, unplaced
+
+        return back
+
+    folders = [folder(b, a) for b, a in zip(cond.branches, inside, strict=True)]
+    kept = [jax.eval_shape(back, operands, seeds)[1] for back in folders]
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), {k: v for seen in kept for k, v in seen.items()})
+
+    def filled(back: Callable[..., Any]) -> Callable[..., Any]:
+        def run(operands: Any, seeds: Any) -> Any:
+            handed, seen, unplaced = back(operands, seeds)
+            return handed, {**nothing, **seen}, unplaced
+
+        return run
+
+    handed, seen, unplaced = jax.lax.switch(index, [filled(back) for back in folders], operands, seeds)
+    return [None, *handed], seen, unplaced
+
+
+# -- values that count as constants -----------------------------------------------------------------------------------
+
+
+def constant_values(assignments: Assignments, given: frozenset[Value] = frozenset()) -> frozenset[Value]:
+    """The values that are made only of what `Constant` rules declared constant (and of true constants)."""
+    constant = set(given)
+    for assignment in assignments:
+        layer = assignment.layer
+        if isinstance(assignment.rule, Constant):
+            constant.update(layer.outputs)
+        elif isinstance(assignment.rule, LayerByLayer):
+            inside = _constant_in_scan if isinstance(layer.equations[0], Scan) else _constant_in_cond
+            constant.update(inside(layer.equations[0], assignment.inside, constant))  # type: ignore[arg-type]
+        elif layer.inputs and constant.issuperset(layer.inputs):
+            constant.update(layer.outputs)
+    return frozenset(constant)
+
+
+def _constant_in_scan(scan: Scan, inside: Sequence[Assignments], constant: set[Value]) -> set[Value]:
+    stay = [not v.carries or v in constant for v in scan.inputs]
+    while True:  # a carry is constant if it starts so and a step keeps it so
+        given = frozenset(v for v, yes in zip(scan.step.inputs, stay, strict=True) if yes and v.carries)
+        found = constant_values(inside[0], given)
+        after = [not v.carries or v in found for v in scan.step.outputs]
+        carries = slice(scan.consts, scan.consts + scan.carries)
+        kept = [a and b for a, b in zip(stay[carries], after, strict=False)]
+        if kept == stay[carries]:
+            ends = [*kept, *after[scan.carries :]]
+            return {*found, *(v for v, yes in zip(scan.outputs, ends, strict=True) if yes and v.carries)}
+        stay[carries] = kept
+
+
+def _constant_in_cond(cond: Cond, inside: Sequence[Assignments], constant: set[Value]) -> set[Value]:
+    found: set[Value] = set()
+    ends = [True] * len(cond.outputs)
+    for branch, assignments in zip(cond.branches, inside, strict=True):
+        pairs = zip(cond.inputs[1:], branch.inputs, strict=True)
+        found |= constant_values(assignments, frozenset(b for v, b in pairs if v in constant))
+        ends = [e and (not v.carries or v in found) for e, v in zip(ends, branch.outputs, strict=True)]
+    return {*found, *(v for v, yes in zip(cond.outputs, ends, strict=True) if yes and v.carries)}
+
+
+# -- small things -----------------------------------------------------------------------------------------------------
 
 
 def at(relevance: Mapping[Value, jax.Array], value: Value) -> jax.Array:
     """Relevance of a value: zero where none arrived."""
     return relevance.get(value, _zeros(value))
+
+
+def _at_all(relevance: Mapping[Value, jax.Array], values: Sequence[Value]) -> tuple[jax.Array | None, ...]:
+    """Relevance of each value that can carry any; None, which takes no memory, in the place of weights and masks."""
+    return tuple(at(relevance, v) if v.carries else None for v in values)
 
 
 def _zeros(value: Value) -> jax.Array:

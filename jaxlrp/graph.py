@@ -9,13 +9,15 @@ is concerned and is simply evaluated: BatchNorm statistics, weight normalisation
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from . import _compat, _primitives, registry
+from .errors import UnsupportedError
 
 Env = dict["Value", Any]
 
@@ -31,6 +33,7 @@ class Value:
     literal: bool = False  # made of numbers written in the code, not of parameters
     random: bool = False  # made from random bits
     path: str = ""  # the parameter it comes from: "params/Dense_0/kernel"
+    token: Value | None = None  # the explained input of integers (token ids) that it is made of
 
     @property
     def carries(self) -> bool:
@@ -95,6 +98,65 @@ class Equation:
 
 
 @dataclasses.dataclass(eq=False)
+class Scan(Equation):
+    """A scan on the explained path, with one step written out.
+
+    The operands are ``consts``, initial carries and stacked inputs; the step's inputs are the same for one step. The
+    results are the last carries and stacked outputs, and beyond what jax gives, ``starts``: the carries that every
+    step began with, which the way back needs.
+    """
+
+    step: Program = dataclasses.field(kw_only=True)
+    consts: int = dataclasses.field(kw_only=True)
+    carries: int = dataclasses.field(kw_only=True)
+    starts: tuple[Value, ...] = dataclasses.field(kw_only=True)
+
+    def split(self, operands: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """Constants, carries and stacked inputs, of anything that comes one per operand."""
+        carries, stacked = self.consts, self.consts + self.carries
+        return tuple(operands[:carries]), tuple(operands[carries:stacked]), tuple(operands[stacked:])
+
+    def run(self, env: MutableMapping[Value, Any], wide: bool = False) -> None:
+        """Run all steps; keep the carries that each began with."""
+        values = [jnp.asarray(read(env, v), v.dtype) for v in self.inputs]
+        consts, init, stacked = self.split([widen(v) for v in values] if wide else values)
+
+        def step(carry: Any, x: Any) -> Any:
+            inner = self.step.evaluate((*consts, *carry, *x), wide)
+            results = [read(inner, v) for v in self.step.outputs]
+            after = tuple(jnp.asarray(r, c.dtype) for r, c in zip(results[: self.carries], carry, strict=True))
+            return after, (tuple(results[self.carries :]), carry)
+
+        params = {k: self.params[k] for k in ("length", "reverse", "unroll")}
+        last, (outputs, starts) = jax.lax.scan(step, init, stacked, **params)
+        env.update(zip((*self.outputs, *self.starts), (*last, *outputs, *starts), strict=True))
+
+
+@dataclasses.dataclass(eq=False)
+class Cond(Equation):
+    """A ``cond`` or ``switch`` on the explained path: the first operand is the branch's number, the rest are theirs."""
+
+    branches: tuple[Program, ...] = dataclasses.field(kw_only=True)
+
+    def run(self, env: MutableMapping[Value, Any], wide: bool = False) -> None:
+        """Run the branch that was chosen."""
+        index, *operands = (read(env, v) for v in self.inputs)
+        operands = [jnp.asarray(x, v.dtype) for x, v in zip(operands, self.inputs[1:], strict=True)]
+        if wide:
+            operands = [widen(x) for x in operands]
+
+        def runner(branch: Program) -> Callable[..., Any]:
+            def run(*operands: Any) -> Any:
+                inner = branch.evaluate(operands, wide)
+                dtypes = [wide_dtype(o.dtype) if wide else o.dtype for o in self.outputs]
+                return [jnp.asarray(read(inner, v), d) for v, d in zip(branch.outputs, dtypes, strict=True)]
+
+            return run
+
+        env.update(zip(self.outputs, jax.lax.switch(index, list(map(runner, self.branches)), *operands), strict=True))
+
+
+@dataclasses.dataclass(eq=False)
 class Program:
     """A traced function: its equations in order, its flat inputs and outputs."""
 
@@ -110,15 +172,30 @@ class Program:
                 self.consumers.setdefault(value, []).append(equation)
             self.producer.update(dict.fromkeys(equation.outputs, equation))
 
+    def fix(self, constants: Iterable[Value]) -> None:
+        """Let these values, and what is made of them alone, count as constants."""
+        for value in constants:
+            value.depends = False
+        for equation in self.equations:
+            if not equation.depends and not any(v.token for v in equation.outputs):
+                for value in equation.outputs:
+                    value.depends = False
+
+    @property
+    def sources(self) -> tuple[Value, ...]:
+        """Where relevance ends: the explained inputs, and the embeddings that explained token ids look up."""
+        looked_up = (v for e in self.equations for v in e.outputs if v.depends and not e.depends)
+        return (*(v for v in self.inputs if v.depends), *looked_up)
+
     def serving(self, outputs: Sequence[Value]) -> Program:
         """The part of the program that these outputs need (not running averages that the caller throws away)."""
         return Program(_live(self.equations, outputs), self.inputs, tuple(outputs))
 
-    def evaluate(self, args: Sequence[Any]) -> Env:
+    def evaluate(self, args: Sequence[Any], wide: bool = False) -> Env:
         """Run the program and keep every value. XLA drops those that nobody reads."""
         env: Env = dict(zip(self.inputs, args, strict=True))
         for equation in self.equations:
-            equation.run(env)
+            equation.run(env, wide)
         return env
 
 
@@ -162,13 +239,19 @@ def trace_program(
         paths: for each argument, its name ("params/Dense_0/kernel").
     """
     jaxpr, consts = _compat.trace(fun, *args)
-    inputs = tuple(
-        Value(v.aval.shape, v.aval.dtype, depends=e, path="" if e else p)
-        for v, e, p in zip(jaxpr.invars, explained, paths, strict=True)
-    )
+    inputs = tuple(map(_input, jaxpr.invars, explained, paths))
     equations: list[Equation] = []
     outputs = _inline(jaxpr, consts, inputs, _Place(), equations)
     return Program(equations, inputs, outputs).serving(outputs)
+
+
+def _input(var: Any, explained: bool, path: str) -> Value:
+    if not explained:
+        return Value(var.aval.shape, var.aval.dtype, path=path)
+    value = Value(var.aval.shape, var.aval.dtype)
+    value.depends = bool(jnp.issubdtype(value.dtype, np.floating))
+    value.token = None if value.depends else value
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +300,16 @@ def _inline(
         inner = _compat.inner_jaxpr(eqn)
         marked = registry.custom(name) if any(v.depends for v in operands) else None
         whole = marked is not None or (_compat.is_custom_call(eqn) and _stays_whole(eqn, operands))
+        taught = registry.registered(eqn.primitive) is not None
+        if eqn.primitive in _primitives.BARRIER:  # hands every operand on as it is
+            known.update(zip(eqn.outvars, operands, strict=True))
+            continue
+        explained = any(v.depends or v.token for v in operands)
+        if eqn.primitive in _compat.SCAN | _compat.COND and explained and not taught:
+            control = _scan if eqn.primitive in _compat.SCAN else _cond
+            into.append(control(eqn, operands, here))
+            known.update(zip(eqn.outvars, into[-1].outputs, strict=True))
+            continue
         if inner is not None and not whole:
             results = _inline(*inner, operands, here.named(name), into)
             known.update(zip(eqn.outvars, results, strict=True))
@@ -237,13 +330,71 @@ def _inline(
     return tuple(lookup(a) for a in jaxpr.outvars)
 
 
+def _scan(eqn: Any, operands: tuple[Value, ...], place: _Place) -> Scan:
+    (jaxpr, closed), consts, carries = _compat.scan_parts(eqn)
+    stacked = consts + carries
+    depends = [v.depends for v in operands]
+    while True:  # a carry depends if its start or what a step makes of it does
+        inputs = tuple(
+            dataclasses.replace(v, shape=var.aval.shape, depends=d, constant=None, literal=False)
+            for v, d, var in zip(operands, depends, jaxpr.invars, strict=True)
+        )
+        equations: list[Equation] = []
+        step = Program(equations, inputs, _inline(jaxpr, closed, inputs, place, equations))
+        after = [a or b.depends for a, b in zip(depends[consts:stacked], step.outputs, strict=False)]
+        if after == depends[consts:stacked]:
+            break
+        depends[consts:stacked] = after
+    _refuse_lookups(step, place)
+    # the step again as the program that its results need: Program links readers and makers
+    step = step.serving(step.outputs)
+    flags = [*after, *(v.depends for v in step.outputs[carries:])]
+    outputs = tuple(Value(v.aval.shape, v.aval.dtype, depends=d) for v, d in zip(eqn.outvars, flags, strict=True))
+    length = (eqn.params["length"],)
+    starts = tuple(Value(length + v.shape, v.dtype, depends=v.depends) for v in inputs[consts:stacked])
+    return Scan(
+        *(eqn.primitive, eqn.params, operands, outputs, place.scope, place.calls, place.source),
+        step=step,
+        consts=consts,
+        carries=carries,
+        starts=starts,
+    )
+
+
+def _refuse_lookups(body: Program, place: _Place) -> None:
+    if body.sources != tuple(v for v in body.inputs if v.depends):
+        raise UnsupportedError(
+            f"an embedding is looked up inside of a scan or cond, at {place.source}; look all embeddings up before it, "
+            "or explain the embeddings instead of the token ids"
+        )
+
+
+def _cond(eqn: Any, operands: tuple[Value, ...], place: _Place) -> Cond:
+    branches = []
+    for jaxpr, closed in _compat.cond_branches(eqn):
+        inputs = tuple(dataclasses.replace(v, constant=None, literal=False) for v in operands[1:])
+        equations: list[Equation] = []
+        outputs = _inline(jaxpr, closed, inputs, place, equations)
+        branches.append(Program(equations, inputs, outputs).serving(outputs))
+        _refuse_lookups(branches[-1], place)
+    flags = [any(branch.outputs[i].depends for branch in branches) for i in range(len(eqn.outvars))]
+    outputs = tuple(Value(v.aval.shape, v.aval.dtype, depends=d) for v, d in zip(eqn.outvars, flags, strict=True))
+    place_of = (place.scope, place.calls, place.source)
+    return Cond(eqn.primitive, eqn.params, operands, outputs, *place_of, branches=tuple(branches))
+
+
 def _literal(atom: Any) -> Value:
     return Value(atom.aval.shape, atom.aval.dtype, constant=np.asarray(atom.val, atom.aval.dtype), literal=True)
 
 
 def _result(aval: Any, prim: Any, operands: Sequence[Value]) -> Value:
     constant = prim in _primitives.SHAPE_ONLY or prim in _primitives.DECIDING
+    # whole numbers made of real ones (an argmax, the indices of a top-k) are decisions
+    constant = constant or jnp.issubdtype(getattr(aval, "dtype", bool), np.integer)
     depends = any(v.depends for v in operands) and not constant
+    token = None if depends else _token(prim, aval, operands)
+    if token and (prim in _primitives.LOOKUP or prim in _primitives.DOT) and jnp.issubdtype(aval.dtype, np.floating):
+        depends = True  # an embedding, by its index or by a one-hot row: relevance ends here
     return Value(
         getattr(aval, "shape", ()),
         getattr(aval, "dtype", np.dtype(bool)),
@@ -251,7 +402,17 @@ def _result(aval: Any, prim: Any, operands: Sequence[Value]) -> Value:
         literal=all(v.literal for v in operands),
         random=prim in _primitives.RANDOM or any(v.random for v in operands if not v.depends),
         path="" if depends else next((v.path for v in operands if v.path), ""),
+        token=token,
     )
+
+
+def _token(prim: Any, aval: Any, operands: Sequence[Value]) -> Value | None:
+    if prim in _primitives.COMPARING and any(v.shape == () for v in operands):
+        return None  # ids != 0 makes a mask (and positions, by counting), ids == arange(n) one-hot rows
+    whole = any(jnp.issubdtype(v.dtype, np.integer) for v in operands)
+    if whole and jnp.issubdtype(aval.dtype, np.floating) and prim not in _primitives.LOOKUP:
+        return None  # pixels in whole numbers, made real: no rows of a table
+    return next((v.token for v in operands if v.token), None)
 
 
 def _stays_whole(eqn: Any, operands: Sequence[Value]) -> bool:

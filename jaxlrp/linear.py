@@ -76,7 +76,7 @@ class LinearSpec:
             if constant is not None:
                 shift = constant * scale + shift
             weights = tuple(_scaled(self.core, w, scale) for w in weights)
-            apply = self._with_moves(apply)
+            apply = self._with_tail(apply, output.dtype)
         bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
         features = _features(self.core, self.tail, output.ndim)
         return LinearMap(inputs, weights, bias, output, apply, features, nonnegative)
@@ -109,16 +109,14 @@ class LinearSpec:
                 scale, shift = scale * aligned, shift * factor
         return jnp.asarray(scale), shift
 
-    def _with_moves(self, apply: Callable[[Arrays, Arrays], jax.Array]) -> Callable[[Arrays, Arrays], jax.Array]:
+    def _with_tail(self, apply: Callable[[Arrays, Arrays], jax.Array], dtype: Any) -> Callable[..., jax.Array]:
         moves = [e for e in self.tail if e.primitive in P.RESHAPE]
-        if not moves:
-            return apply
 
         def moved(x: Arrays, w: Arrays) -> jax.Array:
             z = apply(x, w)
             for eqn in moves:
                 (z,) = _compat.bind(eqn.primitive, eqn.params, z)
-            return z
+            return z.astype(dtype)  # the tail may cast to more bits
 
         return moved
 
@@ -368,7 +366,7 @@ def _scatter_add(eqn: Equation, env: Mapping[Value, Any]) -> Core:
         return _compat.bind(eqn.primitive, eqn.params, a, index, u)[0]
 
     def apply(x: Arrays, w: Arrays) -> jax.Array:
-        return run({v: a * w[0] for v, a in zip(live, x, strict=True)})
+        return run(dict(zip(live, x, strict=True))) * w[0]
 
     fixed = {v: widen(read(env, v)) for v in (operand, updates) if not v.carries}
     return (jnp.ones((), dtype),), apply, (run(fixed) if fixed else None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _primitives as P
 from ._compat import primitives
-from .graph import Equation, Program, Value
+from .graph import Cond, Equation, Program, Scan, Value
 
 _ALWAYS = primitives("exp", "exp2", "logistic", "abs", "square", "sqrt", "rsqrt", "cosh", "erfc", "acos", "iota")
 # nonnegative if all operands are: sums and products of such, and everything monotone that is 0 at 0
@@ -33,7 +33,6 @@ _KEEPS = (
     | primitives("sinh", "asinh", "atan", "reduce_prod", "cumprod", "sharding_constraint")
 )
 _ANY = primitives("max")
-_GATHER = primitives("gather")
 _INDEXED = primitives("gather", "scatter", "dynamic_slice", "dynamic_update_slice") | P.SCATTER_ADD
 _CLAMP = primitives("clamp")
 _POWER = primitives("integer_pow")
@@ -51,9 +50,37 @@ def _walk(program: Program, known: set[Value]) -> None:
         if equation.body is not None:
             _walk(equation.body, known)
             found = [_is(v, known) for v in equation.body.outputs]
+        elif isinstance(equation, Scan):
+            found = _steps(equation, known)
+        elif isinstance(equation, Cond):
+            found = _branches(equation, known)
         else:
             found = [_result(equation, known)] * len(equation.outputs)
         known.update(v for v, yes in zip(equation.outputs, found, strict=True) if yes)
+
+
+def _steps(scan: Scan, known: set[Value]) -> list[bool]:
+    """A carry is nonnegative if it starts so and a step keeps it so."""
+    signs = [_is(v, known) for v in scan.inputs]
+    while True:
+        inside = known | {v for v, yes in zip(scan.step.inputs, signs, strict=True) if yes}
+        _walk(scan.step, inside)
+        found = [_is(v, inside) for v in scan.step.outputs]
+        carries = slice(scan.consts, scan.consts + scan.carries)
+        kept = [a and b for a, b in zip(signs[carries], found, strict=False)]
+        if kept == signs[carries]:
+            known.update(inside)
+            return [*kept, *found[scan.carries :]]
+        signs[carries] = kept
+
+
+def _branches(cond: Cond, known: set[Value]) -> list[bool]:
+    found = [True] * len(cond.outputs)
+    for branch in cond.branches:
+        known.update(b for v, b in zip(cond.inputs[1:], branch.inputs, strict=True) if _is(v, known))
+        _walk(branch, known)
+        found = [a and _is(v, known) for a, v in zip(found, branch.outputs, strict=True)]
+    return found
 
 
 def _result(equation: Equation, known: set[Value]) -> bool:
@@ -71,7 +98,7 @@ def _result(equation: Equation, known: set[Value]) -> bool:
     if prim in _POWER:
         return equation.params["y"] % 2 == 0 or signs[0]
     if prim in _KEEPS:
-        if prim in _GATHER and (equation.params.get("fill_value") or 0) < 0:
+        if prim in P.GATHER and (equation.params.get("fill_value") or 0) < 0:
             return False
         if prim in P.CAST and _wraps(equation):
             return False

@@ -162,7 +162,7 @@ def _single(output: Any) -> jax.Array:
         shapes = ", ".join(str(jnp.shape(leaf)) for leaf in leaves)
         raise InputError(
             f"an integer target picks a class along the last axis of one output array, but the output is {shapes}; "
-            "give a function of the output as target"
+            "give a function of the output as target, or has_aux=True if the model returns (output, aux)"
         )
     return leaves[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +14,12 @@ import numpy as np
 
 from . import _compat
 from ._adapters import Adapted, as_function
-from .composites import Assignments, Composite, as_composite, match_names
+from .composites import Assignment, Assignments, Composite, as_composite, match_names
 from .errors import InputError, UnknownLayerError
-from .fold import Relevances, Step, at, fold
+from .fold import Folded, Known, Relevances, Step, Watch, at, constant_values, fold
 from .graph import Env, Program, Value, read, trace_program
-from .layers import Layer, find_layers
+from .lattice import find_layers
+from .layers import Layer, every_layer
 from .rules import Rule
 from .signs import nonnegative_values
 from .tables import table
@@ -106,7 +108,7 @@ def value_and_lrp(
     def explain(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         forward = setup.forward(args, kwargs)
         start = seed(default if target is None else target, forward.output)
-        relevance = forward.gather(forward.fold(start))
+        relevance = forward.gather(forward.fold(start).relevance)
         return ((forward.output, forward.aux) if has_aux else forward.output), relevance
 
     return explain
@@ -147,7 +149,7 @@ def lrp_vjp(
 
     def pull(relevance: Any) -> Any:
         start = seed(lambda _: relevance, forward.output)
-        return forward.gather(forward.fold(start))
+        return forward.gather(forward.fold(start).relevance)
 
     return (forward.output, pull, forward.aux) if has_aux else (forward.output, pull)
 
@@ -185,30 +187,46 @@ def layerwise_lrp(
 
     def explain(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         forward = setup.forward(args, kwargs)
-        names = [a.layer.name for a in forward.assignments]
-        wanted = [False] * len(names)
+        names = [a.layer.name for a, _ in forward.assignments.every()]
+        wanted = set()
         for pattern in patterns:
-            found = match_names(pattern, names)
-            if not any(found):
+            found = list(itertools.compress(names, match_names(pattern, names)))
+            if not found:
                 raise UnknownLayerError(f"no layer is called {pattern!r}; the model has: {', '.join(names)}")
-            wanted = [a or b for a, b in zip(wanted, found, strict=True)]
-        relevance = forward.fold(seed(default if target is None else target, forward.output))
+            wanted.update(found)
+        start = seed(default if target is None else target, forward.output)
+        relevance, seen, _ = forward.fold(start, _Capture())
         captured = {}
-        for assignment, take in zip(forward.assignments, wanted, strict=True):
-            if take:
-                parts = tuple(at(relevance, v) for v in assignment.layer.inputs)
-                captured[assignment.layer.name] = parts[0] if len(parts) == 1 else parts
+        for assignment, depth in forward.assignments.every():
+            name = assignment.layer.name
+            if name in wanted and (name in seen or depth == 0):  # where none came, there is none
+                nothing = tuple(at(relevance, v) for v in assignment.layer.inputs)
+                parts = seen.get(name, nothing)
+                captured[name] = parts[0] if len(parts) == 1 else parts
         result = (forward.gather(relevance), captured)
         return (*result, forward.aux) if has_aux else result
 
     return explain
 
 
+class _Capture:
+    """Watches a fold and keeps the relevance of every layer's inputs, one entry per step inside of a scan."""
+
+    def see(self, assignment: Assignment, step: Step, relevance: Relevances) -> tuple[jax.Array, ...]:
+        return tuple(at(relevance, v) for v in assignment.layer.inputs)
+
+    def join(self, seen: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return seen
+
+
 class Layers(tuple[Layer, ...]):
-    """The layers of a model in execution order; prints as a table."""
+    """The layers of a model in execution order; prints as a table, the layers inside of a recurrence below it."""
 
     def __str__(self) -> str:
-        rows = [(a.name, f"{a.kind}/{a.op}", _shapes(a.inputs), _shapes(a.outputs), a.source) for a in self]
+        rows = [
+            ("  " * depth + a.name, f"{a.kind}/{a.op}", _shapes(a.inputs), _shapes(a.outputs), a.source)
+            for a, depth in every_layer(self)
+        ]
         return table(("layer", "kind", "input", "output", "source"), rows)
 
 
@@ -247,6 +265,11 @@ class Traced:
     trees: dict[str, Any]
     nonnegative: frozenset[Value]  # values known never to be negative
 
+    @property
+    def sources(self) -> tuple[Value, ...]:
+        """Where relevance ends."""
+        return self.main.sources
+
 
 @dataclasses.dataclass
 class Forward:
@@ -254,22 +277,24 @@ class Forward:
 
     traced: Traced
     assignments: Assignments
+    known: Known
     env: Env
     output: Any
     aux: Any
 
-    def fold(self, start: Any, steps: dict[str, Step] | None = None) -> Relevances:
+    def fold(self, start: Any, watch: Watch | None = None) -> Folded:
         """Relevance of every value, from that of the output (a tree like the output)."""
-        seeds = jax.tree.leaves(start)
-        return fold(self.traced.main, self.assignments, self.env, seeds, self.traced.nonnegative, steps)
+        return fold(self.traced.main, self.assignments, self.env, jax.tree.leaves(start), self.known, watch)
 
     def gather(self, relevance: Relevances) -> Any:
         """Relevance in the shape of the explained arguments."""
         inputs = self.traced.program.inputs
-        parts = [
-            jax.tree.unflatten(tree, [at(relevance, inputs[i]) for i in places])
-            for tree, places in self.traced.explained
-        ]
+
+        def of(place: int) -> Any:
+            found = [at(relevance, v) for v in self.traced.sources if inputs[place] in (v, v.token)]
+            return found[0] if len(found) == 1 else tuple(found) or None  # integers that look nothing up: None
+
+        parts = [jax.tree.unflatten(tree, [of(i) for i in places]) for tree, places in self.traced.explained]
         return parts[0] if self.traced.single else tuple(parts)
 
 
@@ -327,6 +352,7 @@ class Setup:
         position = {leaf: k for k, leaf in enumerate(dynamic)}
         explained = [(t, [position[i] for i in mine]) for t, mine in explained]
         main = program.serving(program.outputs[: trees["live"]])
+        _check_lookups(main, explained, chosen, arrays)
         if not any(v.carries for v in main.outputs):
             raise InputError(
                 "no output of the model depends on the explained input by way of real numbers; check argnums"
@@ -346,7 +372,8 @@ class Setup:
         live = traced.trees["live"]
         output = jax.tree.unflatten(traced.trees["output"], values[:live])
         aux = jax.tree.unflatten(traced.trees["aux"], values[live:])
-        return Forward(traced, assignments, env, output, aux)
+        known = Known(traced.nonnegative, constant_values(assignments))
+        return Forward(traced, assignments, known, env, output, aux)
 
 
 def _positions(argnums: Sequence[Any], count: int) -> tuple[int, ...]:
@@ -391,14 +418,29 @@ def _check_explained(argument: Any, k: int, places: Sequence[int], leaves: Seque
         raise InputError(f"argument {k} has nothing to explain: it holds no arrays")
     for i in places:
         leaf = leaves[i]
-        dtype = jnp.result_type(leaf) if isinstance(leaf, (float, complex)) else getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, np.floating):
-            what = f"{np.dtype(dtype).name} array" if dtype is not None else type(leaf).__name__
-            raise InputError(
-                f"argument {k} holds a {what}: relevance needs real numbers. Convert images to float "
-                "(x.astype(jnp.float32)), explain embeddings instead of token ids, or choose another argument with "
-                "argnums."
-            )
+        if not _is_array(leaf) or not (
+            jnp.issubdtype(jnp.result_type(leaf), np.floating) or jnp.issubdtype(jnp.result_type(leaf), np.integer)
+        ):
+            raise InputError(_not_real(k, jnp.result_type(leaf) if _is_array(leaf) else None, leaf))
+
+
+def _check_lookups(
+    main: Program, explained: Sequence[tuple[Any, Any]], chosen: Sequence[int], arrays: Sequence[Any]
+) -> None:
+    """Explained integers must be token ids: something must look embeddings up by them."""
+    found = {v.token or v for v in main.sources}
+    for k, (_, places) in zip(chosen, explained, strict=True):
+        values = [main.inputs[i] for i in places]
+        if not any(v.depends or v in found for v in values):
+            raise InputError(_not_real(k, arrays[places[0]].dtype, None))
+
+
+def _not_real(k: int, dtype: Any, leaf: Any) -> str:
+    what = f"{np.dtype(dtype).name} array" if dtype is not None else type(leaf).__name__
+    return (
+        f"argument {k} holds a {what}: relevance needs real numbers, or token ids that the model looks embeddings up "
+        "by. Convert images to float (x.astype(jnp.float32)), or choose another argument with argnums."
+    )
 
 
 def _check_finite(args: tuple[Any, ...]) -> None:

@@ -695,7 +695,7 @@ function("softmax where", lambda x: jax.nn.softmax(x, where=np.tri(3, dtype=bool
 
 # --- products: attention and gates ---------------------------------------------------------------
 
-MATMUL, MUL = "product/matmul", "product/mul"
+MATMUL, MUL, GATE = "product/matmul", "product/mul", "product/gate"
 ATTENTION = f"{DENSE} {DENSE} {DENSE} {MATMUL} {SOFTMAX} {MATMUL} {DENSE}"
 
 
@@ -752,10 +752,10 @@ class SqueezeExcite(nn.Module):
 linen(
     "squeeze and excite",
     SqueezeExcite(),
-    f"{CONV} sum/mean {DENSE} {RELU} {DENSE} activation/logistic {MUL}",
+    f"{CONV} sum/mean {DENSE} {RELU} {DENSE} activation/logistic {GATE}",
     (1, 4, 4, 3),
 )
-function("GLU", lambda x, w: jax.nn.glu(x @ w), f"{DENSE} move/split activation/* {MUL}", (2, 4), (4, 6))
+function("GLU", lambda x, w: jax.nn.glu(x @ w), f"{DENSE} move/split activation/* {GATE}", (2, 4), (4, 6))
 function(
     "SwiGLU",
     lambda x, w, v, o: (jax.nn.silu(x @ w) * (x @ v)) @ o,
@@ -768,7 +768,7 @@ function(
 function(
     "gate of itself by a dense layer",
     lambda x, w: x * jax.nn.sigmoid(x @ w),
-    f"{DENSE} activation/logistic {MUL}",
+    f"{DENSE} activation/logistic {GATE}",
     (2, 4),
     (4, 4),
 )

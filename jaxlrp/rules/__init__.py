@@ -17,8 +17,11 @@ from ._split import Norm as Norm
 from ._split import SplitRule as SplitRule
 from ._split import Zero as Zero
 from ._split import ZPlus as ZPlus
+from ._structure import Constant as Constant
 from ._structure import EqualShare as EqualShare
 from ._structure import HoldScale as HoldScale
+from ._structure import LayerByLayer as LayerByLayer
 from ._structure import Pass as Pass
 from ._structure import Residual as Residual
 from ._structure import Route as Route
+from ._structure import SignalTakeAll as SignalTakeAll

@@ -31,11 +31,13 @@ class LayerCall:
         layer: the layer; its kind, op and name are static.
         env: every value of the forward pass.
         nonnegative: whether the layer's inputs are known never to be negative.
+        constants: values that count as constants because of a `Constant` rule before them.
     """
 
     layer: Layer
     env: Mapping[Value, Any]
     nonnegative: bool = False
+    constants: frozenset[Value] = frozenset()
 
     @functools.cached_property
     def inputs(self) -> Arrays:
@@ -96,7 +98,7 @@ class _Scales:
             # a value times a statistic, or (mean times standard deviation) a linear statistic times another
             held = known if len(known) < len(dependent) else [v for v in known if v not in self.linear]
             held = held if len(held) < len(dependent) else []
-        if prim in P.REDUCTION or len(known) == len(dependent):
+        if prim in P.STATISTIC or len(known) == len(dependent):
             self.statistics.update(equation.outputs)
         free = [v for v in equation.inputs if v.depends and v not in held]
         scaled = len(free) == 1 and (prim in P.MUL or (prim in P.DIV and equation.inputs[0] is free[0]))

@@ -263,7 +263,7 @@ class Zero(SplitRule, kw_only=True):
         """As for every split rule; a Taylor term where the layer is not linear."""
         if call.layer.linear is not None:
             return super().fold(call, *relevance)
-        seeds = [ratio(r, self._stab_plain(z)) for r, z in zip(relevance, call.outputs, strict=True)]
+        seeds = self._seeds(call, relevance)
         # a masked input (-inf before a softmax) contributes nothing
         return tuple(jnp.where(jnp.isfinite(x), x, 0.0) * g for x, g in zip(call.inputs, call.vjp(*seeds), strict=True))
 
@@ -271,8 +271,17 @@ class Zero(SplitRule, kw_only=True):
         """Named losses of a linear layer; of others, what the Taylor term leaves out."""
         if call.layer.linear is not None:
             return super().losses(call, *relevance)
-        arrived = sum(map(total, relevance), jnp.zeros(()))
-        return {"nonlinearity": arrived - sum(map(total, self.fold(call, *relevance)), jnp.zeros(()))}
+        finite = tuple(jnp.where(jnp.isfinite(x), x, 0.0) for x in call.inputs)
+        _, linear = jax.jvp(call.apply, call.inputs, finite)
+        zero = jnp.zeros(())
+        losses = {"nonlinearity": zero, "stabiliser": zero}
+        for r, c, z, t in zip(relevance, self._seeds(call, relevance), call.outputs, linear, strict=True):
+            losses["nonlinearity"] += total(c * (z - t))
+            losses["stabiliser"] += total(r - c * z)
+        return losses
+
+    def _seeds(self, call: LayerCall, relevance: Arrays) -> list[jax.Array]:
+        return [ratio(r, self._stab_plain(z)) for r, z in zip(relevance, call.outputs, strict=True)]
 
     def _stab_plain(self, z: jax.Array) -> jax.Array:
         features = tuple(range(max(z.ndim - 1, 0), z.ndim))

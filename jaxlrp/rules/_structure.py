@@ -84,6 +84,8 @@ class Residual(Rule, kw_only=True):
     ``branch``    all to one side: ``branch=0`` is the first summand
     ============  ======================================================
 
+    Where a constant is added (position embeddings), it has a share by ``ratio`` and ``abs``, which is lost there.
+
     Example:
         >>> import jax.numpy as jnp, jaxlrp
         >>> composite = jaxlrp.Composite((jaxlrp.kind("add"), jaxlrp.Residual("abs")))
@@ -103,43 +105,45 @@ class Residual(Rule, kw_only=True):
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Share the relevance of the sum among its summands."""
         (out,) = relevance
-        terms = self._terms(call)
-        if self.policy == "branch" and not 0 <= self.branch < len(terms):
-            raise RuleError(f"layer '{call.layer.name}' has {len(terms)} summands and no branch {self.branch}")
-        shares = [unbroadcast(out * part, x.shape) for part, x in zip(self._parts(terms), call.inputs, strict=True)]
-        return tuple(shares)
+        parts = self._parts(call)[: len(call.inputs)]
+        return tuple(unbroadcast(out * part, x.shape) for part, x in zip(parts, call.inputs, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
-        """What the stabiliser takes."""
-        parts = sum(self._parts(self._terms(call)), jnp.zeros(()))
-        return {"stabiliser": total(relevance[0] * (1.0 - parts))}
+        """What a constant summand (position embeddings) and the stabiliser take."""
+        parts = self._parts(call)
+        constant = sum(parts[len(call.inputs) :], jnp.zeros(()))
+        rest = 1.0 - sum(parts, jnp.zeros(()))
+        return {"bias": total(relevance[0] * constant), "stabiliser": total(relevance[0] * rest)}
 
-    def _terms(self, call: LayerCall) -> Arrays:
-        if call.layer.op not in ("add", "sub", "add_any") or len(call.layer.inputs) != 2:
+    def _parts(self, call: LayerCall) -> Arrays:
+        """The share of every summand; that of a constant comes last, and only where shares go by size."""
+        if call.layer.op not in ("add", "sub", "add_any"):
             raise RuleError(
                 f"Residual() is for sums of two values, not for layer '{call.layer.name}' "
                 f"({call.layer.kind}/{call.layer.op}); use Epsilon() there"
             )
         linear = call.linear
-        return tuple(
-            jnp.broadcast_to(x * w, linear.output.shape) for x, w in zip(linear.inputs, linear.weights, strict=True)
-        )
-
-    def _parts(self, terms: Arrays) -> Arrays:
+        terms = [x * w for x, w in zip(linear.inputs, linear.weights, strict=True)]
+        if self.policy == "branch" and not 0 <= self.branch < len(terms) and len(terms) > 1:
+            raise RuleError(f"layer '{call.layer.name}' has {len(terms)} summands and no branch {self.branch}")
+        shape = linear.output.shape
         if self.policy == "equal":
-            return tuple(jnp.full_like(t, 1.0 / len(terms)) for t in terms)
+            return tuple(jnp.full(shape, 1.0 / len(terms)) for _ in terms)
         if self.policy == "branch":
-            return tuple(jnp.full_like(t, float(i == self.branch)) for i, t in enumerate(terms))
-        sizes = tuple(map(jnp.abs, terms)) if self.policy == "abs" else terms
+            return tuple(jnp.full(shape, float(i == self.branch or len(terms) == 1)) for i in range(len(terms)))
+        if linear.bias is not None:
+            terms.append(linear.bias)
+        sizes = [jnp.abs(t) if self.policy == "abs" else t for t in terms]
         denominator = stabilise(sum(sizes[1:], sizes[0]), self.epsilon)
-        return tuple(ratio(s, denominator) for s in sizes)
+        return tuple(jnp.broadcast_to(ratio(s, denominator), shape) for s in sizes)
 
 
 class EqualShare(Rule, kw_only=True):
     """Equal shares for the factors of a product: ``R_a = a ∂(ab)/∂a R / stab(2 ab)`` (Achtibat et al., 2024).
 
     For ``n`` factors each gets one n-th: half to the gate and half to the gated value, half to the attention
-    weights and half to the values. The numerator of a quotient gets all, its denominator nothing.
+    weights and half to the values. The numerator of a quotient gets all, its denominator nothing. A factor that counts
+    as a constant (`Constant`) is none: the others get its share.
     """
 
     epsilon: Any = 1e-6
@@ -150,24 +154,63 @@ class EqualShare(Rule, kw_only=True):
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative, divided among the factors."""
         (out,), (z,) = relevance, call.outputs
-        back = call.vjp(ratio(out, stabilise(self._factors(call) * z, self.epsilon)))
-        shares = tuple(x * g for x, g in zip(call.inputs, back, strict=True))
-        return (shares[0], jnp.zeros_like(shares[1])) if _is_quotient(call) else shares
+        factors = self._factors(call)
+        back = call.vjp(ratio(out, stabilise(sum(factors) * z, self.epsilon)))
+        return tuple(x * g if n else jnp.zeros_like(x) for n, x, g in zip(factors, call.inputs, back, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the stabiliser takes."""
-        scaled = self._factors(call) * call.outputs[0]
+        scaled = sum(self._factors(call)) * call.outputs[0]
         return {"stabiliser": total(relevance[0] - scaled * ratio(relevance[0], stabilise(scaled, self.epsilon)))}
 
-    @staticmethod
-    def _factors(call: LayerCall) -> int:
-        # x @ x.T has one input and two factors: the derivative counts both
-        operands = sum(v.carries for v in call.layer.equations[0].inputs)
-        return 1 if _is_quotient(call) else operands
+    def _factors(self, call: LayerCall) -> list[int]:
+        """How many factors of the product each input is: ``x @ x.T`` has one input and two factors."""
+        inputs = call.layer.inputs
+        if call.layer.op == "div" and len(inputs) == 2:
+            return [1, 0]
+        if call.layer.op == "prod":
+            return [math.prod(inputs[0].shape) // max(math.prod(call.layer.outputs[0].shape), 1)]
+        counts = [sum(v is u for e in call.layer.equations for u in e.inputs) for v in inputs]
+        live = [0 if v in call.constants else n for v, n in zip(inputs, counts, strict=True)]
+        return live if any(live) else counts
 
 
-def _is_quotient(call: LayerCall) -> bool:
-    return call.layer.op == "div" and len(call.layer.inputs) == 2
+class SignalTakeAll(EqualShare, kw_only=True):
+    """A gated value gets all relevance of the product, its gate nothing (Arras et al., 2017).
+
+    The gate is the factor that comes out of a squashing function: a sigmoid or softmax rather than any other
+    activation, and any activation rather than tanh or none. Where no factor is more of a gate than the others, shares
+    are equal.
+    """
+
+    def _factors(self, call: LayerCall) -> list[int]:
+        factors = super()._factors(call)
+        signal = [0 if i in call.layer.gates else n for i, n in enumerate(factors)]
+        return signal if any(signal) else factors
+
+
+class Constant(Rule):
+    """The layer's output counts as a constant, like a weight: no relevance flows into it.
+
+    What is made of it alone is constant too, and products with it hand all relevance to their other factors: attention
+    weights in CP-LRP, the step size of a state-space model. Relevance that a sum shares out to a constant is lost like
+    that of a bias.
+    """
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """Nothing."""
+        return tuple(map(jnp.zeros_like, call.inputs))
+
+    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
+        """All of it."""
+        return {"constant": sum(map(total, relevance), jnp.zeros(()))}
+
+
+class LayerByLayer(Rule):
+    """A recurrence or a branch is folded through the layers inside, each by its own rule.
+
+    The steps of a scan are replayed backwards: relevance of a carry goes to the step before.
+    """
 
 
 class HoldScale(Rule, kw_only=True):
@@ -184,11 +227,18 @@ class HoldScale(Rule, kw_only=True):
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative of the detached layer."""
-        seeds = [ratio(r, stabilise(z, self.epsilon)) for r, z in zip(relevance, call.outputs, strict=True)]
-        back = call.vjp(*seeds, hold_scale=True)
+        back = call.vjp(*self._coefficients(call, relevance), hold_scale=True)
         return tuple(x * g for x, g in zip(call.inputs, back, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
-        """What the mean, the shift and the stabiliser take."""
-        arrived = sum(map(total, relevance), jnp.zeros(()))
-        return {"normalisation": arrived - sum(map(total, self.fold(call, *relevance)), jnp.zeros(()))}
+        """What the shift and the stabiliser take: with its scale held the layer is affine, or this does not add up."""
+        shifts = call.apply(*map(jnp.zeros_like, call.inputs), hold_scale=True)
+        zero = jnp.zeros(())
+        losses = {"bias": zero, "stabiliser": zero}
+        for r, c, b, z in zip(relevance, self._coefficients(call, relevance), shifts, call.outputs, strict=True):
+            losses["bias"] += total(c * b)
+            losses["stabiliser"] += total(r - c * z)
+        return losses
+
+    def _coefficients(self, call: LayerCall, relevance: Arrays) -> Arrays:
+        return tuple(ratio(r, stabilise(z, self.epsilon)) for r, z in zip(relevance, call.outputs, strict=True))
