@@ -1,16 +1,16 @@
-"""Compare jaxlrp with reference relevances computed by zennit 1.0.0, in float64.
+"""Compare jaxlrp with reference relevances computed by zennit 1.0.0 and LXT 2.1, in float64.
 
     python benchmarks/goldens.py
 
 prints one row per layer, input sign and net: the largest relative difference (largest absolute difference over largest
 absolute reference) over all rules or composites, and over everything at the end. Every model here is an ordinary Flax
-module with unfused BatchNorm.
+module: networks with unfused BatchNorm against zennit, transformers against LXT.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlrp
+from jaxlrp.models import bert, gpt2, llama
 from jaxlrp.tables import table
 
 GOLDENS = Path(__file__).parent.parent / "tests" / "goldens"
 TOLERANCE = 1e-9
+LXT_TOLERANCE = 1e-5  # LXT divides activations by x + 1e-10, and turns rotary positions in float32
 
 RULES = {
     "epsilon_1e-6": jaxlrp.Epsilon(1e-6),
@@ -51,6 +53,7 @@ COMPOSITES = {
     "deconvnet": jaxlrp.DeconvNet(),
     "gradient": jaxlrp.GradientComposite(),
 }
+TRANSFORMER_RULES = {"attnLRP": jaxlrp.AttnLRP(epsilon=0.0), "cp_LRP": jaxlrp.CPLRP(epsilon=0.0)}
 SEEDS = {"onehot": jaxlrp.targets.one_hot, "logit": jaxlrp.targets.logit}
 
 
@@ -60,6 +63,7 @@ class Row(NamedTuple):
     case: str
     setting: str
     difference: float
+    tolerance: float = TOLERANCE
 
 
 def relative(ours: Any, golden: np.ndarray) -> float:
@@ -233,14 +237,51 @@ def compare_nets() -> Iterator[Row]:
                 yield Row(net, f"{seed}/{setting}", relative(relevance, data[f"{seed}/{setting}"]))
 
 
+def golden_transformers() -> dict[str, tuple[Callable[..., jax.Array], Any, dict[str, np.ndarray]]]:
+    """For every transformer: the logits that LXT explained as a function, its variables and the reference arrays."""
+    found = {}
+    for family in ("bert", "gpt2", "llama"):
+        data = dict(np.load(GOLDENS / f"lxt_{family}.npz"))
+        tensors = {k.removeprefix("params/"): v for k, v in data.items() if k.startswith("params/")}
+        if family == "bert":
+            module, variables = bert.classifier_from_hf(tensors, bert.BertConfig(97, 32, 3, 4, 48, max_positions=64))
+        elif family == "gpt2":
+            tied = np.array_equal(tensors["transformer.wte.weight"], tensors["lm_head.weight"])
+            config = gpt2.GPT2Config(97, 32, 3, 4, 128, max_positions=64, tied=tied)
+            module, variables = gpt2.GPT2(config), gpt2.params_from_hf(tensors, config)
+        else:
+            config = llama.LlamaConfig(97, 32, 3, 4, 2, 48)
+            module, variables = llama.Llama(config), llama.params_from_hf(tensors, config)
+
+        def logits(variables: Any, embeddings: Any, module: nn.Module = module) -> Any:
+            found = module.apply(variables, embeddings, method="encode")
+            return found if found.ndim == 2 else found[:, -1]  # of the text, or of the token after its last
+
+        found[f"lxt_{family}"] = (logits, variables, data)
+    return found
+
+
+def compare_transformers() -> Iterator[Row]:
+    """AttnLRP and CP-LRP on every transformer."""
+    for case, (logits, variables, data) in golden_transformers().items():
+        for setting, composite in TRANSFORMER_RULES.items():
+            if (name := f"relevance/{setting}") in data:
+                explain = jaxlrp.lrp(logits, composite, argnums=1)
+                relevance = explain(variables, data["embeddings"], target=int(data["target"]))
+                yield Row(case, setting, relative(relevance[0], data[name]), LXT_TOLERANCE)
+
+
 def main() -> int:
     """Print the table; the exit status says whether everything agrees."""
-    rows = [*compare_rules(), *compare_nets()]
-    shown = [(r.case, r.setting, f"{r.difference:.1e}", "ok" if r.difference < TOLERANCE else "OFF") for r in rows]
-    worst = max(rows, key=lambda r: r.difference)
-    print(table(("case", "setting", "difference", ""), shown, right=[2]))
-    print(f"\n{len(rows)} comparisons, largest difference {worst.difference:.1e} ({worst.case}, {worst.setting})")
-    return int(worst.difference >= TOLERANCE)
+    groups = {"zennit 1.0.0": [*compare_rules(), *compare_nets()], "LXT 2.1": list(compare_transformers())}
+    rows = [row for group in groups.values() for row in group]
+    shown = [(r.case, r.setting, f"{r.difference:.1e}", "ok" if r.difference < r.tolerance else "OFF") for r in rows]
+    print(table(("case", "setting", "difference", ""), shown, right=[2]) + "\n")
+    for name, group in groups.items():
+        worst = max(group, key=lambda r: r.difference)
+        where = f"({worst.case}, {worst.setting})"
+        print(f"{name}: {len(group)} comparisons, largest difference {worst.difference:.1e} {where}")
+    return int(not all(r.difference < r.tolerance for r in rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Agreement with zennit 1.0.0 on everything that was recorded with it; see tests/goldens/README.md."""
+"""Agreement with zennit 1.0.0 and LXT 2.1 on everything that was recorded with it; see tests/goldens/README.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NETS = ("vgg_bn", "resnet_bn", "mlp")
 
 def disagreements(rows: list[benchmark.Row]) -> list[benchmark.Row]:
     """Rows that are off, with NaN counting as off."""
-    return [row for row in rows if not row.difference < benchmark.TOLERANCE]
+    return [row for row in rows if not row.difference < row.tolerance]
 
 
 def test_every_rule_on_every_layer(goldens: Path) -> None:
@@ -46,6 +46,18 @@ def test_every_composite_on_every_net(goldens: Path) -> None:
     names = [name for name in np.load(goldens / "zennit_nets.npz") if "/onehot/" in name or "/logit/" in name]
     assert set(compared) == set(names)
     assert {row.case for row in rows if row.setting == "forward"} == set(NETS)
+
+
+def test_the_transformers(goldens: Path) -> None:
+    rows = list(benchmark.compare_transformers())
+    assert not disagreements(rows)
+    recorded = {
+        (path.stem, name.removeprefix("relevance/"))
+        for path in goldens.glob("lxt_*.npz")
+        for name in np.load(path)
+        if name.startswith("relevance/") and "gradient" not in name
+    }
+    assert {(row.case, row.setting) for row in rows} == recorded
 
 
 def test_tables_hold_all_settings_that_were_recorded(goldens: Path) -> None:
