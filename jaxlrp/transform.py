@@ -43,7 +43,8 @@ def lrp(
     and batches.
 
     Args:
-        model: a `flax.linen.Module`, a `flax.nnx.Module` or any pure function of arrays.
+        model: a `flax.linen.Module`, a `flax.nnx.Module`, a Keras model, an Equinox module, a Haiku transform or any pure
+            function of arrays.
         composite: which layer gets which rule; None is `EpsilonPlus`, a single rule is `Composite.uniform` of it.
         argnums: which positional arguments of ``explain`` are explained. By default the first input: argument 1 for
             modules (argument 0 holds their parameters), argument 0 for functions.
@@ -53,7 +54,8 @@ def lrp(
 
     Returns:
         ``explain(*args, target=None, **kwargs)``: relevance with the shape (and tree structure) of the explained
-        argument, a tuple if ``argnums`` is a sequence, in at least float32. For a Linen module the arguments are
+        argument, a tuple if ``argnums`` is a sequence, in at least float32. Explained integers are token ids: theirs is
+        the relevance of the embeddings that they look up, with those' shape. For a Linen module the arguments are
         those of
         ``model.apply``; for an NNX module ``(nnx.state(model), *inputs)``, and the module itself is accepted as its
         state.
