@@ -18,6 +18,7 @@ from ..errors import RuleError
 from ..graph import Equation, Value, read, widen
 from ..layers import Layer
 from ..linear import LinearMap
+from ._pool import is_window_pick, to_winners
 
 Arrays = tuple[jax.Array, ...]
 Losses = dict[str, jax.Array]
@@ -78,6 +79,9 @@ class LayerCall:
 
     def vjp(self, *cotangents: jax.Array, hold_scale: bool = False) -> Arrays:
         """The layer's own derivative, transposed: ``J^T c`` at its inputs."""
+        if len(self.layer.equations) == 1 and is_window_pick(self.layer.equations[0]):
+            params = self.layer.equations[0].params
+            return (to_winners(self.inputs[0], self.outputs[0], cotangents[0], params),)
         _, pull = jax.vjp(functools.partial(self.apply, hold_scale=hold_scale), *self.inputs)
         return pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, self.outputs, strict=True)))
 

@@ -1,0 +1,66 @@
+"""Max pooling backwards, by comparison, against jax's own derivative."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import jaxlrp
+
+
+def pool(x, window, strides, padding, dilation=None, reducer=lax.max, start=-jnp.inf):
+    return lax.reduce_window(x, start, reducer, window, strides, padding, window_dilation=dilation)
+
+
+def folded(run, x, r):
+    return jaxlrp.lrp(run, jaxlrp.Composite(), target=lambda _: r)(x)
+
+
+@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+@given(
+    size=st.tuples(st.integers(6, 9), st.integers(6, 9)),
+    window=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(*[st.tuples(st.integers(0, 1), st.integers(0, 1))] * 2),
+    seed=st.integers(0, 1000),
+)
+def test_it_equals_jax_with_ties(size, window, strides, padding, seed):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.integers(0, 3, (2, *size, 2)), jnp.float32)  # many ties
+    run = lambda x: pool(  # noqa: E731
+        x, (1, *window, 1), (1, *strides, 1), ((0, 0), *padding, (0, 0))
+    )
+    r = jnp.asarray(rng.normal(size=run(x).shape), jnp.float32)
+    # a window that lies in the padding altogether has no winner
+    r = jnp.where(jnp.isfinite(run(x)), r, 0.0)
+    np.testing.assert_allclose(folded(run, x, r), jax.vjp(run, x)[1](r)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("reducer", "start"), [(lax.max, -jnp.inf), (lax.min, jnp.inf)])
+def test_max_and_min(rng, reducer, start):
+    x = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+    run = lambda x: pool(x, (1, 2), (1, 2), "VALID", reducer=reducer, start=start)  # noqa: E731
+    r = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    np.testing.assert_allclose(folded(run, x, r), jax.vjp(run, x)[1](r)[0])
+
+
+def test_a_dilated_window(rng):  # jax has no derivative for it
+    x = jnp.asarray(rng.permutation(7).astype(np.float32))
+    z = folded(lambda x: pool(x, (3,), (1,), "VALID", (2,)), x, jnp.array([1.0, 10.0, 100.0]))
+    expected = np.zeros(7)
+    for i, r in enumerate((1.0, 10.0, 100.0)):
+        expected[i + 2 * int(np.argmax(x[i : i + 5 : 2]))] += r
+    np.testing.assert_allclose(z, expected)
+
+
+def test_no_scatter_is_left_in_the_program(rng):
+    x = jnp.asarray(rng.normal(size=(1, 8, 8, 2)), jnp.float32)
+    run = lambda x: pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")  # noqa: E731
+    text = jax.jit(jaxlrp.lrp(run, jaxlrp.Composite())).lower(x).as_text()
+    assert "select_and_scatter" not in text
+    assert "select_and_scatter" in jax.jit(jax.grad(lambda x: run(x).sum())).lower(x).as_text()
