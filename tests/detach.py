@@ -165,6 +165,32 @@ def llama(
     return linear(p, "lm_head", steps.rms_norm(p, "model.norm", x[-1], eps))
 
 
+def vit(steps: Steps, p: Params, x: Array, *, layers: int, heads: int, patch: int, eps: float = 1e-6) -> Array:
+    """Logits of a vision transformer for one image ``[H, W, C]``; parameters by their paths in Linen."""
+    (height, width, channels), hidden = x.shape, p["patches/bias"].shape[0]
+    x = x.reshape(height // patch, patch, width // patch, patch, channels).swapaxes(1, 2)
+    x = x.reshape(-1, patch * patch * channels) @ p["patches/kernel"].reshape(-1, hidden) + p["patches/bias"]
+    x = jnp.concatenate([p["class"][0], x]) + p["positions"][0]
+    allowed = jnp.ones((len(x), len(x)), bool)
+
+    def norm(name: str, x: Array) -> Array:
+        return steps.layer_norm({f"{name}.weight": p[f"{name}/scale"], f"{name}.bias": p[f"{name}/bias"]}, name, x, eps)
+
+    def dense(name: str, x: Array) -> Array:
+        kernel, bias = p[f"{name}/kernel"], p[f"{name}/bias"]
+        into = x.shape[-1]
+        return x @ kernel.reshape(into, -1) + bias.reshape(-1)
+
+    for i in range(layers):
+        y = norm(f"norm1_{i}", x)
+        q, k, v = (by_head(dense(f"attention_{i}/{n}", y), heads) for n in ("query", "key", "value"))
+        mixed = jnp.concatenate([steps.attention(*qkv, allowed) for qkv in zip(q, k, v, strict=True)], -1)
+        x = x + dense(f"attention_{i}/out", mixed)
+        y = steps.activation(gelu_tanh, dense(f"up_{i}", norm(f"norm2_{i}", x)))
+        x = x + dense(f"down_{i}", y)
+    return dense("head", norm("norm", x)[0])
+
+
 def turn(x: Array, theta: float) -> Array:
     """Rotary positions as complex numbers: pair ``(i, i + half)`` of token ``t`` turns by ``t theta^(-i / half)``."""
     half = x.shape[-1] // 2

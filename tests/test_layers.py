@@ -150,7 +150,7 @@ function("two in a row", lambda x, w, v: x @ w @ v, f"{DENSE} {DENSE}", (2, 4), 
 function("scale of every sample", lambda x, w, s: (x @ w) * s, f"{DENSE} scale/scale", (2, 4), (4, 3), (2, 1))
 function("einsum", lambda x, w: jnp.einsum("bij,jk->bik", x, w), DENSE, (2, 3, 4), (4, 5))
 function("lone scale", lambda x, s: x * s, "scale/scale", (2, 4), (4,))
-function("lone shift", lambda x, b: x + b, "scale/scale", (2, 4), (4,))
+function("lone shift", lambda x, b: x + b, "sum/add", (2, 4), (4,))
 
 linen("conv 1d", nn.Conv(3, (3,)), CONV, (2, 8, 2))
 linen("conv 2d", nn.Conv(3, (3, 3)), CONV, (2, 6, 6, 2))
@@ -594,7 +594,7 @@ function(
         ).reshape(2, 4, 6)
         * g
     ),
-    f"move/reshape {NORM} move/reshape scale/scale",
+    f"move/reshape {NORM}",
     (2, 4, 6),
     (6,),
 )
@@ -803,7 +803,7 @@ linen("ViT block", ViTBlock(), VIT_BLOCK, (1, 4, 6), loose=True)
 linen(
     "ViT",
     ViT(),
-    f"{CONV} scale/scale {VIT_BLOCK} {NORM} {DENSE}",
+    f"{CONV} sum/add {VIT_BLOCK} {NORM} {DENSE}",
     (1, 4, 4, 3),
     loose=True,
 )
@@ -924,7 +924,7 @@ class FromEmbeddings(nn.Module):
 linen(
     "embeddings",
     FromEmbeddings(),
-    f"scale/scale {DENSE} {RELU} scale/scale sum/mean {DENSE}",
+    f"sum/add {DENSE} {RELU} scale/scale sum/mean {DENSE}",
     (2, 3, 4),
     (2, 3),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import detach
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,6 +191,41 @@ def test_padding_gets_nothing_and_changes_nothing(method: str) -> None:
     found = np.asarray(explainer("bert", 1, method)(case.variables, x, mask=mask, target=3))
     assert not np.any(found[-2:])
     assert off(found[:-2], oracle(case.oracle, method, **case.sizes)(tensors, x[:-2], 3)) < FLOAT64
+
+
+class ViT(nn.Module):
+    """A vision transformer as people write them in Linen."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        make = {"param_dtype": x.dtype}
+        x = nn.Conv(16, (4, 4), strides=4, name="patches", **make)(x).reshape(x.shape[0], -1, 16)
+        start = nn.initializers.normal(1.0)
+        token = jnp.tile(self.param("class", start, (1, 1, 16), x.dtype), (x.shape[0], 1, 1))
+        x = jnp.concatenate([token, x], axis=1)
+        x = x + self.param("positions", start, (1, x.shape[1], 16), x.dtype)
+        for i in range(2):
+            y = nn.LayerNorm(name=f"norm1_{i}", **make)(x)
+            x = x + nn.MultiHeadDotProductAttention(4, name=f"attention_{i}", **make)(y)
+            y = nn.gelu(nn.Dense(20, name=f"up_{i}", **make)(nn.LayerNorm(name=f"norm2_{i}", **make)(x)))
+            x = x + nn.Dense(16, name=f"down_{i}", **make)(y)
+        return nn.Dense(5, name="head", **make)(nn.LayerNorm(name="norm", **make)(x)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", COMPOSITES)
+def test_oracle_and_rules_agree_on_a_vision_transformer(method: str, dtype: Any) -> None:
+    with jax.enable_x64(dtype == np.float64):
+        rng = np.random.default_rng(0)
+        images = rng.normal(size=(2, 8, 12, 3)).astype(dtype)
+        variables = ViT().init(jax.random.key(0), images)
+        noise = lambda a: a + 0.2 * rng.normal(size=a.shape).astype(dtype)  # noqa: E731
+        variables = jax.tree.map(noise, variables)
+        found = jax.jit(jaxlrp.lrp(ViT(), COMPOSITES[method](epsilon=0.0)))(variables, images, target=np.array([1, 4]))
+        flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+        for relevance, x, target in zip(found, images, (1, 4), strict=True):
+            wanted = detach.relevance(detach.vit, method, flat, x, target, layers=2, heads=4, patch=4)
+            assert off(relevance, wanted) < (FLOAT64 if dtype == np.float64 else FLOAT32)
 
 
 WRONG = {
