@@ -1,32 +1,44 @@
-"""The command line: ``jaxlrp explain`` and ``jaxlrp layers``."""
+"""The command line: ``jaxlrp explain``, ``jaxlrp explain-text`` and ``jaxlrp layers``."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from . import _explain
+from . import _explain, _explain_text
 from .composites import PRESETS
 from .errors import LRPError
 from .models import MODELS, UnknownClassError, UnknownModelError, WeightFileError
+from .models.bert import ModelConfigError
+from .models.news import NewsError
 from .plot import COLOUR_MAPS
+
+_BAD_FILES = (WeightFileError, ModelConfigError, NewsError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 if everything was done, 1 if some photos were skipped, 2 if nothing could be done.
+        0 if everything was done, 1 if some photos or texts were skipped, 2 if nothing could be done.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
-    except (LRPError, UnknownModelError, UnknownClassError, WeightFileError, _explain.CommandError) as error:
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except (LRPError, *_BAD_FILES, UnknownModelError, UnknownClassError, _explain.CommandError) as error:
         print(f"jaxlrp: error: {error}", file=sys.stderr)
-    except ModuleNotFoundError as error:
-        print(f'jaxlrp: error: {error} (the demo needs: pip install "jaxlrp[demo]")', file=sys.stderr)
+    except ImportError as error:
+        hint = "" if "pip install" in str(error) else ' (the demo needs: pip install "jaxlrp[demo]")'
+        print(f"jaxlrp: error: {error}{hint}", file=sys.stderr)
+    except BrokenPipeError:  # who reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("jaxlrp: interrupted", file=sys.stderr)
     return 2
@@ -68,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--cmap", choices=COLOUR_MAPS, default=COLOUR_MAPS[0], help="colours (default: %(default)s)")
     explain.set_defaults(run=_explain.explain)
 
+    _add_explain_text(commands)
+
     layers = commands.add_parser("layers", help="print a model's layers and the rule that each one gets")
     layers.set_defaults(run=_explain.layers)
 
@@ -92,6 +106,61 @@ def _parser() -> argparse.ArgumentParser:
             help=f"one of: {', '.join((*PRESETS, 'epsilon_gamma_box'))} (default: %(default)s)",
         )
     return parser
+
+
+def _add_explain_text(commands: Any) -> None:
+    texts = commands.add_parser(
+        "explain-text",
+        help="explain texts: which words spoke for the predicted class of news",
+        description="Explain texts by layer-wise relevance propagation, with MiniLM and a head that is trained on BBC "
+        "news. The words are printed in colours, and a page and the raw relevance are written.",
+    )
+    texts.add_argument(
+        "texts",
+        nargs="*",
+        metavar="TEXT-or-FILE",
+        help="a text in quotes or the name of a file; left out: news articles that the head has not seen",
+    )
+    texts.add_argument("--out", default="jaxlrp-text", metavar="FOLDER", help="where to write (default: %(default)s)")
+    texts.add_argument(
+        "--target",
+        default="predicted",
+        metavar="CLASS",
+        help="class to explain (default: that predicted for each text)",
+    )
+    texts.add_argument("--contrast", metavar="CLASS", help="explain why the target and not this class")
+    texts.add_argument(
+        "--contrastive",
+        action="store_true",
+        help="explain why the target and not any other class; close rivals count most",
+    )
+    texts.add_argument(
+        "--composite",
+        choices=_explain_text.COMPOSITES,
+        default=_explain_text.COMPOSITES[0],
+        help="default: %(default)s",
+    )
+    texts.add_argument(
+        "--tokens",
+        type=_tokens,
+        default=256,
+        metavar="N",
+        help="read at most so many tokens of each text (default: %(default)s, at most 512)",
+    )
+    texts.add_argument("--batch", type=_positive, default=8, metavar="N", help="texts per batch (default: %(default)s)")
+    texts.add_argument("--ledger", action="store_true", help="print every single layer of the ledger")
+    texts.add_argument(
+        "--cache", metavar="FOLDER", help="where the trained head is kept (default: jaxlrp in the user's cache folder)"
+    )
+    texts.add_argument("--no-cache", action="store_true", help="train the head anew and do not keep it")
+    texts.set_defaults(run=_explain_text.explain_text)
+
+
+def _tokens(text: str) -> int:
+    number = _positive(text)
+    if number < _explain_text.FEWEST_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be at least {_explain_text.FEWEST_TOKENS}, not {text!r}")
+    return number
 
 
 def _positive(text: str) -> int:

