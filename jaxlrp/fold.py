@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .composites import Assignment, Assignments
 from .errors import RuleError
 from .graph import Cond, Env, Program, Scan, Value, read, wide_dtype, widen
-from .rules import Constant, LayerByLayer, LayerCall
+from .rules import Constant, Known, LayerByLayer, LayerCall
 
 Relevances = dict[Value, jax.Array]
 Seen = dict[str, Any]  # what a `Watch` saw, by layer name
@@ -45,14 +45,6 @@ class Watch(Protocol):
 
     def join(self, seen: Any) -> Any:
         """What to keep of a layer inside of a scan, given what was kept of every step, stacked."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What is known of a model's values before any number is: found once, read by rules."""
-
-    nonnegative: frozenset[Value] = frozenset()  # never negative: half of a sign split is empty
-    constant: frozenset[Value] = frozenset()  # made only of what a `Constant` rule declared constant
 
 
 def fold(
@@ -89,7 +81,7 @@ def fold(
         if not any(v in relevance for v in layer.outputs):
             continue
         arrived = tuple(relevance.get(v, _zeros(v)) for v in layer.outputs)
-        call = LayerCall(layer, env, known.nonnegative.issuperset(layer.inputs), known.constant)
+        call = LayerCall(layer, env, known)
         inner = None
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
             handed = ()

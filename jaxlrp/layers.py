@@ -59,6 +59,7 @@ class Layer:
         final: whether an output of the model is an output of this layer.
         source: the user's source line.
         rule: the rule that the model itself declared for this layer (`jaxlrp.custom_layer`).
+        rectifies: whether an activation is 0 wherever its input is not positive (relu, relu6).
         gates: of a product, which inputs gate the others: those that come out of a squashing function.
         bodies: for a recurrence the layers of one step, for a branch those of every alternative.
     """
@@ -73,6 +74,7 @@ class Layer:
     final: bool = False
     source: str = ""
     rule: Any = None
+    rectifies: bool = False
     gates: tuple[int, ...] = ()
     bodies: tuple[Body, ...] = ()
 

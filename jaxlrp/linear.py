@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class LinearMap:
         features: the axes of the output over which one sample's ``z`` is spread (for stabilisers relative to its rms).
         exact: whether ``output`` is ``f(x, w) + b``; not so once a rule has replaced inputs or weights.
         nonnegative: whether the inputs are known never to be negative (they come out of a relu, a softmax, ...).
+        positive: whether relevance is known to come only where the output is positive (a relu alone reads it).
     """
 
     inputs: Arrays
@@ -49,7 +50,19 @@ class LinearMap:
     apply: Callable[[Arrays, Arrays], jax.Array]
     features: tuple[int, ...]
     nonnegative: bool = False
+    positive: bool = False
     exact: bool = True
+
+
+class OneChannel(NamedTuple):
+    """A convolution of one feature whose weights are 1."""
+
+    apply: Callable[[jax.Array], jax.Array]
+    shape: tuple[int, ...]  # of its input
+    batch: int  # axis of the samples
+    feature_in: int  # axis of the features in the input
+    feature_out: int  # and in the output
+    channels: int  # features of the layer's own input
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +77,7 @@ class LinearSpec:
     inputs: tuple[Value, ...]
     output: Value
 
-    def bind(self, env: Mapping[Value, Any], nonnegative: bool = False) -> LinearMap:
+    def bind(self, env: Mapping[Value, Any], nonnegative: bool = False, positive: bool = False) -> LinearMap:
         """Take the layer apart at the values of one forward pass, in at least 32 bits."""
         inputs = tuple(widen(read(env, v)) for v in self.inputs)
         output = widen(read(env, self.output))
@@ -79,7 +92,29 @@ class LinearSpec:
             apply = self._with_tail(apply, output.dtype)
         bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
         features = _features(self.core, self.tail, output.ndim)
-        return LinearMap(inputs, weights, bias, output, apply, features, nonnegative)
+        return LinearMap(inputs, weights, bias, output, apply, features, nonnegative, positive)
+
+    def one_channel(self) -> OneChannel | None:
+        """The layer with one input and one output feature, all weights 1; None where features cannot be told apart.
+
+        With all weights equal, a convolution of many channels is that of their sum.
+        """
+        core = self.core
+        if core is None or core.primitive not in P.CONV or core.inputs[1].depends:
+            return None
+        params = dict(core.params)
+        moved = any(e.primitive in P.RESHAPE for e in self.tail)
+        if moved or params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+            return None
+        numbers = params["dimension_numbers"]
+        x, w = (list(v.shape) for v in core.inputs)
+        channels, feature_in, feature_out = x[numbers.lhs_spec[1]], numbers.lhs_spec[1], numbers.out_spec[1]
+        x[feature_in] = w[numbers.rhs_spec[0]] = w[numbers.rhs_spec[1]] = 1
+        if params.get("preferred_element_type") is not None:
+            params["preferred_element_type"] = np.dtype(wide_dtype(self.output.dtype))
+        ones = jnp.ones(w, wide_dtype(self.output.dtype))
+        apply = lambda x: _compat.bind(core.primitive, params, x, ones)[0]  # noqa: E731
+        return OneChannel(apply, tuple(x), numbers.lhs_spec[0], feature_in, feature_out, channels)
 
     def _tail(self, env: Mapping[Value, Any]) -> tuple[Any, Any]:
         """The tail as ``z -> scale * z + shift``: ``scale`` fits the core's output, ``shift`` the layer's."""

@@ -165,6 +165,22 @@ def name_by_operations(eqns: Sequence[Equation]) -> str:
     return "_".join(names) if 0 < len(names) <= 3 else ("elementwise" if names else "identity")
 
 
+def rectifies(program: Program, eqns: Sequence[Equation]) -> bool:
+    """Whether an activation is 0 wherever its input is not positive: a relu, perhaps cut off above."""
+    eqns = [e for e in eqns if e.primitive not in P.CAST]
+    if len(eqns) == 1 and eqns[0].body is not None:
+        return rectifies(eqns[0].body, [e for e in eqns[0].body.equations if e.depends])
+    if len(eqns) == 1 and eqns[0].primitive in P.CLAMP:
+        return _is_zero(program, eqns[0].inputs[0])
+    while len(eqns) > 1 and eqns[-1].primitive in P.MIN and any(_is_positive(v) for v in eqns[-1].inputs):
+        eqns = eqns[:-1]
+    return _is_relu(program, eqns)
+
+
+def _is_positive(value: Value) -> bool:
+    return value.literal and value.constant is not None and bool((value.constant > 0).all())
+
+
 def _is_relu(program: Program, eqns: Sequence[Equation]) -> bool:
     """Whether a piece is ``max(x, 0)``, ``where(x > 0, x, 0)``, or a call with a derivative of its own around these."""
     eqns = [e for e in eqns if e.primitive not in P.CAST]

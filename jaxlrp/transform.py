@@ -16,12 +16,13 @@ from . import _compat
 from ._adapters import Adapted, as_function
 from .composites import Assignment, Assignments, Composite, as_composite, match_names
 from .errors import InputError, UnknownLayerError
-from .fold import Folded, Known, Relevances, Step, Watch, at, constant_values, fold
+from .fold import Folded, Relevances, Step, Watch, at, constant_values, fold
 from .graph import Env, Program, Value, read, trace_program
 from .lattice import find_layers
 from .layers import Layer, every_layer
-from .rules import Rule
+from .rules import Known, Rule
 from .signs import nonnegative_values
+from .support import positive_values
 from .tables import table
 from .targets import seed
 
@@ -43,8 +44,8 @@ def lrp(
     and batches.
 
     Args:
-        model: a `flax.linen.Module`, a `flax.nnx.Module`, a Keras model, an Equinox module, a Haiku transform or any pure
-            function of arrays.
+        model: a `flax.linen.Module`, a `flax.nnx.Module`, a Keras model, an Equinox module, a Haiku transform or any
+            pure function of arrays.
         composite: which layer gets which rule; None is `EpsilonPlus`, a single rule is `Composite.uniform` of it.
         argnums: which positional arguments of ``explain`` are explained. By default the first input: argument 1 for
             modules (argument 0 holds their parameters), argument 0 for functions.
@@ -374,7 +375,8 @@ class Setup:
         live = traced.trees["live"]
         output = jax.tree.unflatten(traced.trees["output"], values[:live])
         aux = jax.tree.unflatten(traced.trees["aux"], values[live:])
-        known = Known(traced.nonnegative, constant_values(assignments))
+        positive = positive_values(traced.main, assignments)
+        known = Known(traced.nonnegative, positive, constant_values(assignments))
         return Forward(traced, assignments, known, env, output, aux)
 
 

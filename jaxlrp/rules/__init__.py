@@ -1,5 +1,6 @@
 """Rules: how one layer hands its relevance to its inputs. One family a file."""
 
+from ._base import Known as Known
 from ._base import LayerCall as LayerCall
 from ._base import Rule as Rule
 from ._base import stabilise as stabilise

@@ -25,20 +25,38 @@ Losses = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a model's values before any number is: found once, read by rules.
+
+    Attributes:
+        nonnegative: values that are never negative: half of a sign split is empty.
+        positive: values to which relevance comes only where they are positive: a rule need not think of the rest.
+        constant: values that are made only of what a `Constant` rule declared constant.
+    """
+
+    nonnegative: frozenset[Value] = frozenset()
+    positive: frozenset[Value] = frozenset()
+    constant: frozenset[Value] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerCall:
     """A layer at the numbers of one forward pass: all that a rule may read.
 
     Attributes:
         layer: the layer; its kind, op and name are static.
         env: every value of the forward pass.
-        nonnegative: whether the layer's inputs are known never to be negative.
-        constants: values that count as constants because of a `Constant` rule before them.
+        known: what is known of values whatever the numbers are.
     """
 
     layer: Layer
     env: Mapping[Value, Any]
-    nonnegative: bool = False
-    constants: frozenset[Value] = frozenset()
+    known: Known = Known()
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether the layer's inputs are known never to be negative."""
+        return self.known.nonnegative.issuperset(self.layer.inputs)
 
     @functools.cached_property
     def inputs(self) -> Arrays:
@@ -58,7 +76,8 @@ class LayerCall:
                 f"layer '{self.layer.name}' ({self.layer.kind}/{self.layer.op}, {self.layer.source}) is not linear; "
                 f"give it a rule for {self.layer.kind} layers, for example Pass() or Epsilon()"
             )
-        return self.layer.linear.bind(self.env, self.nonnegative)
+        positive = self.known.positive.issuperset(self.layer.outputs)
+        return self.layer.linear.bind(self.env, self.nonnegative, positive)
 
     def apply(self, *inputs: jax.Array, hold_scale: bool = False) -> Arrays:
         """Run the layer again on other inputs.
@@ -129,6 +148,11 @@ class Rule(struct.PyTreeNode):
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
         return {}
+
+    @property
+    def proportional(self) -> bool:
+        """Whether what an input gets is proportional to the input, so that where it is 0 it gets nothing."""
+        return False
 
     def __str__(self) -> str:
         """The rule as a person would write it, without what is left at its default."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,22 @@ class WSquare(_WeightsAlone, kw_only=True):
 class Flat(_WeightsAlone, kw_only=True):
     """LRP-flat: every input of an output gets the same, ``x := 1, w := 1, b := 0`` (Lapuschkin et al., 2019)."""
 
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """``R_i = Σ_j R_j / n_j``, with ``n_j`` inputs of output ``j``.
+
+        A convolution needs one channel for that: all features of a place get the same.
+        """
+        spec = call.layer.linear
+        small = None if spec is None else spec.one_channel()
+        if small is None or self.bias == "redistribute":
+            return super().fold(call, *relevance)
+        coming = jnp.sum(relevance[0], axis=small.feature_out, keepdims=True)
+        one = [1 if i == small.batch else n for i, n in enumerate(small.shape)]
+        counts = small.channels * small.apply(jnp.ones(one, coming.dtype))  # the same for every sample
+        shared = ratio(coming, self._stab(counts, call.linear))
+        (back,) = jax.linear_transpose(small.apply, jax.ShapeDtypeStruct(small.shape, coming.dtype))(shared)
+        return (jnp.broadcast_to(back, call.layer.inputs[0].shape),)
+
     def modify(self, linear: LinearMap) -> LinearMap:
         """``x := 1, w := 1, b := 0``."""
         return dataclasses.replace(
@@ -52,7 +68,8 @@ class Flat(_WeightsAlone, kw_only=True):
 class ZBox(Rule, kw_only=True):
     """LRP-z^B for inputs in a box ``[low, high]``, such as pixels (Montavon et al., 2017).
 
-    ``R_i = Σ_j (x_i w_ij - l_i w⁺_ij - h_i w⁻_ij) R_j / Σ_i' (the same)``. The bias cancels.
+    ``R_i = Σ_j (x_i w_ij - l_i w⁺_ij - h_i w⁻_ij) R_j / Σ_i' (the same)``. The bias cancels. Computed as
+    ``(x_i - l_i) w⁺_ij + (x_i - h_i) w⁻_ij``, where nothing cancels for inputs within the box.
 
     Attributes:
         low: smallest possible input, a number or an array that broadcasts to the layer's input.
@@ -79,18 +96,14 @@ class ZBox(Rule, kw_only=True):
             raise ValueError(f"low must not exceed high, got low={self.low} and high={self.high}")
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
-        """``x w - l w⁺ - h w⁻``, normalised for every output."""
-        linear = call.linear
-        low, high = self._box(call)
-        sums, transpose = self._sums(linear, low, high)
-        back = transpose(ratio(relevance[0], stabilise(sums, self.epsilon)))
-        return tuple(
-            x * a + lo * b + hi * c for x, lo, hi, a, b, c in zip(linear.inputs, low, high, *back, strict=True)
-        )
+        """``(x - l) w⁺ + (x - h) w⁻``, normalised for every output."""
+        sums, above, below, transpose = self._sums(call)
+        to_above, to_below = transpose(ratio(relevance[0], stabilise(sums, self.epsilon)))
+        return tuple(u * a + d * b for u, d, a, b in zip(above, below, to_above, to_below, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the stabiliser takes."""
-        sums, _ = self._sums(call.linear, *self._box(call))
+        sums, *_ = self._sums(call)
         kept = ratio(relevance[0], stabilise(sums, self.epsilon)) * sums
         empty = sums == 0
         missing = relevance[0] - kept
@@ -112,9 +125,13 @@ class ZBox(Rule, kw_only=True):
 
         return corner(self.low, "low"), corner(self.high, "high")
 
-    @staticmethod
-    def _sums(linear: LinearMap, low: Arrays, high: Arrays) -> tuple[jax.Array, Any]:
-        w = linear.weights
+    def _sums(self, call: LayerCall) -> tuple[jax.Array, Arrays, Arrays, Callable[[jax.Array], Any]]:
+        f, w, x = call.linear.apply, call.linear.weights, call.linear.inputs
+        low, high = self._box(call)
         up, down = tuple(jnp.maximum(a, 0.0) for a in w), tuple(jnp.minimum(a, 0.0) for a in w)
-        f = linear.apply
-        return jax.vjp(lambda x, lo, hi: f(x, w) - f(lo, up) - f(hi, down), linear.inputs, low, high)
+        above, below = (
+            tuple(a - b for a, b in zip(x, low, strict=True)),
+            tuple(a - b for a, b in zip(x, high, strict=True)),
+        )
+        sums, transpose = jax.vjp(lambda u, d: f(u, up) + f(d, down), above, below)
+        return sums, above, below, transpose

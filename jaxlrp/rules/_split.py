@@ -92,6 +92,12 @@ class SplitRule(Rule, kw_only=True):
         """
         raise NotImplementedError
 
+    @property
+    def proportional(self) -> bool:
+        """As long as a subclass changes the shares alone."""
+        own = type(self)
+        return own.modify is SplitRule.modify and own.fold in (SplitRule.fold, Zero.fold)
+
     def _shares(self, relevance: jax.Array, linear: LinearMap) -> Sequence[Share]:
         shares = self.shares(relevance, linear.output)
         if not isinstance(shares, (list, tuple)) or not all(isinstance(s, tuple) and len(s) == 3 for s in shares):
@@ -357,3 +363,7 @@ class Gamma(SplitRule, kw_only=True):
         """Positive outputs favour positive contributions, negative outputs negative ones."""
         more = 1.0 + self.gamma
         return [(jnp.where(z > 0, relevance, 0.0), more, 1.0), (jnp.where(z < 0, relevance, 0.0), 1.0, more)]
+
+    def _shares(self, relevance: jax.Array, linear: LinearMap) -> Sequence[Share]:
+        shares = super()._shares(relevance, linear)
+        return shares[:1] if linear.positive else shares  # nothing comes to negative outputs: one share less to pay for

@@ -151,6 +151,11 @@ class EqualShare(Rule, kw_only=True):
     def __post_init__(self) -> None:
         at_least_zero(epsilon=self.epsilon)
 
+    @property
+    def proportional(self) -> bool:
+        """Yes."""
+        return True
+
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative, divided among the factors."""
         (out,), (z,) = relevance, call.outputs
@@ -171,7 +176,7 @@ class EqualShare(Rule, kw_only=True):
         if call.layer.op == "prod":
             return [math.prod(inputs[0].shape) // max(math.prod(call.layer.outputs[0].shape), 1)]
         counts = [sum(v is u for e in call.layer.equations for u in e.inputs) for v in inputs]
-        live = [0 if v in call.constants else n for v, n in zip(inputs, counts, strict=True)]
+        live = [0 if v in call.known.constant else n for v, n in zip(inputs, counts, strict=True)]
         return live if any(live) else counts
 
 
@@ -196,6 +201,11 @@ class Constant(Rule):
     weights in CP-LRP, the step size of a state-space model. Relevance that a sum shares out to a constant is lost like
     that of a bias.
     """
+
+    @property
+    def proportional(self) -> bool:
+        """Yes."""
+        return True
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Nothing."""
@@ -224,6 +234,11 @@ class HoldScale(Rule, kw_only=True):
 
     def __post_init__(self) -> None:
         at_least_zero(epsilon=self.epsilon)
+
+    @property
+    def proportional(self) -> bool:
+        """Yes."""
+        return True
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative of the detached layer."""
