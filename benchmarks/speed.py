@@ -1,0 +1,160 @@
+"""Cost of relevance beside the network's own input gradient.
+
+    python benchmarks/speed.py [--network NAME ...] [--rounds N]
+
+For every network: the jitted gradient of a logit with respect to the input, and every composite, run in turn so that
+all see the same machine, in float32. Prints medians, ratios to the gradient, compile time, the compiled program's
+temporary memory and how many convolutions and matrix products it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlrp
+from benchmarks import networks
+from jaxlrp.models import bert, get_model
+from jaxlrp.tables import table
+
+IMAGES = (224, 224, 3)
+
+
+class Case(NamedTuple):
+    """A network as a function of ``(params, x)``, and the composites that matter for it."""
+
+    run: Callable[..., jax.Array]
+    params: Any
+    x: jax.Array
+    composites: dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """One program."""
+
+    compile_s: float
+    temporary_mb: float
+    products: int
+    call: Callable[[], Any]
+
+
+def _vision(module: Any, batch: int, composites: dict[str, Any]) -> Case:
+    x = jax.random.uniform(jax.random.key(1), (batch, *IMAGES))
+    params = jax.jit(module.init)(jax.random.key(0), x[:1])
+    return Case(module.apply, params, x, composites)
+
+
+def _convolutional() -> dict[str, Any]:
+    return {
+        "Epsilon": jaxlrp.Composite.uniform(jaxlrp.Epsilon()),
+        "EpsilonPlus": jaxlrp.EpsilonPlus(),
+        "EpsilonPlusFlat": jaxlrp.EpsilonPlusFlat(),
+        "EpsilonGammaBox": jaxlrp.EpsilonGammaBox(0.0, 1.0),
+        "EpsilonAlpha2Beta1": jaxlrp.EpsilonAlpha2Beta1(),
+    }
+
+
+def _attention() -> dict[str, Any]:
+    return {"AttnLRP": jaxlrp.AttnLRP(), "CPLRP": jaxlrp.CPLRP()}
+
+
+def _efficientnet(batch: int) -> Case:
+    module, variables = get_model("efficientnet-lite0").load()
+    x = jax.random.uniform(jax.random.key(1), (batch, *IMAGES), minval=-1.0)
+    return Case(module.apply, variables, x, {"EpsilonPlusFlat": jaxlrp.EpsilonPlusFlat()})
+
+
+def _bert(batch: int) -> Case:
+    config = bert.BertConfig(30522, 768, 12, 12, 3072, max_positions=512)
+    module = bert.BertClassifier(config, 2)
+    ids = jnp.ones((1, 128), jnp.int32)
+    params = jax.jit(module.init)(jax.random.key(0), ids)
+    x = jax.random.normal(jax.random.key(1), (batch, 128, 768))
+    return Case(lambda p, x: module.apply(p, x, method="encode"), params, x, _attention())
+
+
+NETWORKS: dict[str, Callable[[], Case]] = {
+    "VGG16, batch 4": lambda: _vision(networks.VGG16(), 4, _convolutional()),
+    "ResNet50, batch 8": lambda: _vision(networks.ResNet50(), 8, _convolutional()),
+    "EfficientNet-Lite0, batch 8": lambda: _efficientnet(8),
+    "ViT-B/16, batch 4": lambda: _vision(networks.ViT(), 4, _attention()),
+    "BERT, 12 layers, batch 4": lambda: _bert(4),
+}
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Measured:
+    """Compile a function for its arguments and ask the program about itself."""
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    operations = collections.Counter(re.findall(r"= \S+ ([\w-]+)\(", program.as_text()))
+    memory = program.memory_analysis().temp_size_in_bytes / 2**20
+    return Measured(seconds, memory, operations["convolution"] + operations["dot"], lambda: program(*args))
+
+
+def measure(case: Case, rounds: int) -> list[list[str]]:
+    """Rows of the table for one network: the gradient first."""
+
+    def gradient(params: Any, x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: case.run(params, x)[:, 1].sum())(x)
+
+    programs = {"gradient": compiled(gradient, case.params, case.x)}
+    for name, composite in case.composites.items():
+        explain = jaxlrp.lrp(case.run, composite, argnums=1, target=1)
+        programs[name] = compiled(explain, case.params, case.x)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for round_ in range(rounds + 1):  # the first warms up
+        for name, program in programs.items():
+            start = time.perf_counter()
+            result = jax.block_until_ready(program.call())
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+            assert np.isfinite(result).all(), name
+    base, own = statistics.median(seconds["gradient"]), programs["gradient"]
+    rows = []
+    for name, program in programs.items():
+        time_ = statistics.median(seconds[name])
+        rows.append(
+            [
+                name,
+                f"{1e3 * time_:.0f} ms",
+                f"{time_ / base:.2f}x",
+                f"{program.compile_s:.1f} s",
+                f"{program.compile_s / own.compile_s:.1f}x",
+                f"{program.temporary_mb:.0f} MB",
+                f"{program.temporary_mb / own.temporary_mb:.2f}x",
+                str(program.products),
+            ]
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", nargs="*", default=[], help=f"any of: {'; '.join(NETWORKS)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    chosen = {
+        n: make for n, make in NETWORKS.items() if not arguments.network or n.startswith(tuple(arguments.network))
+    }
+    rows = []
+    for name, make in chosen.items():
+        rows += [[name, *row] for row in measure(make(), arguments.rounds)]
+    head = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
+    print(table(head, rows, right=range(2, len(head))))
+    print(f"\n{platform.processor() or platform.machine()}, {jax.device_count()} device, jax {jax.__version__}")
+
+
+if __name__ == "__main__":
+    main()

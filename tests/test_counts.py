@@ -1,0 +1,107 @@
+"""How many matrix products and convolutions the compiled programs hold: exact, so tested and not timed."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxlrp
+
+
+class ReluNet(nn.Module):
+    """Six linear layers over inputs that are never negative."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(x)
+        for i, width in enumerate((8, 8, 16, 16)):
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(width, (3, 3))(x)))
+            x = nn.max_pool(x, (2, 2), (2, 2)) if i % 2 else x
+        x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
+        return nn.relu(nn.Dense(10)(x))
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x))
+            x = x + nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.LayerNorm()(x))))
+        return nn.Dense(5)(nn.LayerNorm()(x).mean(1))
+
+
+def products(function: Callable[..., Any], *args: Any) -> int:
+    text = jax.jit(function).lower(*args).compile().as_text()
+    operations = collections.Counter(re.findall(r"= \S+ ([\w-]+)\(", text))
+    return operations["convolution"] + operations["dot"]
+
+
+def prepared(model: nn.Module, shape: tuple[int, ...]) -> tuple[Any, jax.Array]:
+    x = jax.random.normal(jax.random.key(0), shape)
+    return model.init(jax.random.key(1), x), x
+
+
+def relevance(model: nn.Module, composite: Any) -> Callable[..., Any]:
+    return lambda params, x: jaxlrp.lrp(model, composite)(params, x)
+
+
+LAYERS = 6
+
+
+@pytest.mark.parametrize(
+    ("rule", "each"),
+    [
+        (jaxlrp.Zero(), 2),  # forward, transpose
+        (jaxlrp.Epsilon(), 2),
+        (jaxlrp.ZPlus(), 3),  # and once more forward, with positive weights
+        (jaxlrp.AlphaBeta(2.0, 1.0), 5),  # positive and negative, forward and back
+    ],
+    ids=str,
+)
+def test_products_of_a_relu_net(rule, each):
+    model = ReluNet()
+    assert products(relevance(model, rule), *prepared(model, (2, 16, 16, 3))) == each * LAYERS
+
+
+def test_gamma_costs_three_where_a_relu_reads_and_five_where_both_signs_come():
+    model = ReluNet()
+    params, x = prepared(model, (2, 16, 16, 3))
+    gamma = jaxlrp.Composite.uniform(jaxlrp.Gamma(0.25))
+    last = jaxlrp.last("linear")
+    assert products(relevance(model, gamma.extend((last, jaxlrp.Epsilon()))), params, x) == 3 * (LAYERS - 1) + 2
+    assert products(relevance(model, gamma), params, x) == 3 * (LAYERS - 1) + 5
+
+
+def test_pools_and_batch_norms_cost_no_products_and_capture_costs_none():
+    model = ReluNet()
+    params, x = prepared(model, (2, 16, 16, 3))
+    captured = lambda params, x: jaxlrp.layerwise_lrp(model, jaxlrp.Epsilon())(params, x)  # noqa: E731
+    assert products(captured, params, x) == 2 * LAYERS
+
+
+def test_many_targets_share_one_forward_pass():
+    model = ReluNet()
+    params, x = prepared(model, (1, 16, 16, 3))
+
+    def every(params, x):
+        output, pull = jaxlrp.lrp_vjp(model, params, x, composite=jaxlrp.Epsilon())
+        return jax.vmap(pull)(jnp.eye(10)[:, None] * output)
+
+    assert products(every, params, x) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("composite", [jaxlrp.AttnLRP(), jaxlrp.AttnLRP(epsilon=0.0)])
+def test_attnlrp_costs_what_the_gradient_costs(composite):
+    model = Transformer()
+    params, x = prepared(model, (2, 7, 16))
+    gradient = jax.value_and_grad(lambda x, params: model.apply(params, x)[:, 1].sum())
+    found = products(relevance(model, composite), params, x)
+    assert found == products(gradient, x, params)
+    assert products(relevance(model, jaxlrp.CPLRP()), params, x) < found  # nothing passes to queries and keys
