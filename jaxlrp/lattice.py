@@ -53,7 +53,7 @@ def find_layers(program: Program, root_scope: str | None = None) -> list[Layer]:
     """
     layers = _find(program)
     mark_final(layers, program)
-    mark_gates(layers)
+    mark_gates(layers, program)
     name_layers([layer for layer, _ in every_layer(layers)], root_scope)
     return layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import _primitives as P
+from .bounds import bounds
 from .graph import Program, Scan, Value
 from .layers import Layer
 
@@ -53,7 +54,7 @@ def join_normalisations(layers: list[Layer], program: Program) -> list[Layer]:
 _REARRANGING = ("reshape", "transpose", "squeeze", "expand_dims")
 
 
-def mark_gates(layers: list[Layer], ranks: dict[Value, int] | None = None) -> None:
+def mark_gates(layers: list[Layer], program: Program, ranks: dict[Value, int] | None = None) -> None:
     """Find the factors of each product that gate the others: ``σ(a) b``, ``softmax(a) b``, ``silu(a) b``."""
     ranks = {} if ranks is None else ranks
     for layer in layers:
@@ -61,9 +62,9 @@ def mark_gates(layers: list[Layer], ranks: dict[Value, int] | None = None) -> No
             ranks.update((v, ranks.get(body.outside[v], 0)) for v in body.program.inputs)
             if isinstance(scan := layer.equations[0], Scan):
                 ranks.update(dict.fromkeys(scan.split(scan.step.inputs)[1], 0))  # what is carried changes
-            mark_gates(body.layers, ranks)
+            mark_gates(body.layers, body.program, ranks)
         given = [ranks.get(v, 0) for v in layer.inputs]
-        ranks.update(dict.fromkeys(layer.outputs, _rank(layer, given)))
+        ranks.update(dict.fromkeys(layer.outputs, _rank(layer, program, given)))
         for body in layer.bodies:
             ranks.update((body.outside[v], ranks.get(v, 0)) for v in body.program.outputs)
         if layer.kind == "product":
@@ -72,24 +73,25 @@ def mark_gates(layers: list[Layer], ranks: dict[Value, int] | None = None) -> No
                 layer.op = "gate"
 
 
-def _rank(layer: Layer, given: list[int]) -> int:
+def _rank(layer: Layer, program: Program, given: list[int]) -> int:
     """How much a value looks like a gate: 3 from a sigmoid, 2 from a softmax, 1 from others but tanh, else 0."""
     if layer.kind == "softmax":
         return 2
     if layer.kind == "activation" and layer.op != "identity":
-        return 3 if _squashes(layer) else int(layer.op != "tanh")
+        return 3 if _squashes(layer, program) else int(layer.op != "tanh")
     least = min(given, default=0)
     if layer.kind in ("move", "pick", "activation"):
         return least
     return least if layer.kind in ("product", "sum") and least == 3 else 0  # a product or a sum of gates is one
 
 
-def _squashes(layer: Layer) -> bool:
-    """Whether an activation is a sigmoid, softplus or exponential, not a product of its input with one (silu)."""
-    if layer.op == "hard_sigmoid":
+def _squashes(layer: Layer, program: Program) -> bool:
+    """Whether an activation lies between 0 and 1 (a sigmoid in any spelling), or is a softplus or an exponential."""
+    low, high = bounds(program, layer.equations)[layer.outputs[0]]
+    if low >= 0 and high <= 1:
         return True
     both = any(all(v.depends for v in e.inputs) for e in layer.equations if e.primitive in P.MUL | P.DIV)
-    return not both and bool({"sigmoid", "logistic", "softplus", "exp"}.intersection(layer.op.split("_")))
+    return not both and bool({"softplus", "exp"}.intersection(layer.op.split("_")))
 
 
 def mark_final(layers: list[Layer], program: Program) -> None:

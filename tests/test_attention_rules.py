@@ -29,6 +29,12 @@ GATED = {
     "hand-written sigmoid": lambda a: 1 / (1 + jnp.exp(-a)),
     "hard sigmoid": jax.nn.hard_sigmoid,
     "one minus sigmoid": lambda a: 1.0 - jax.nn.sigmoid(a),
+    "shifted tanh": lambda a: 0.5 * (1 + jnp.tanh(a / 2)),
+    "stable sigmoid": lambda a: jnp.where(
+        a >= 0, 1 / (1 + jnp.exp(-jnp.abs(a))), jnp.exp(-jnp.abs(a)) / (1 + jnp.exp(-jnp.abs(a)))
+    ),
+    "relu6 / 6": lambda a: jax.nn.relu6(a + 3.0) * (1.0 / 6.0),
+    "clipped": lambda a: jnp.clip(0.2 * a + 0.5, 0.0, 1.0),
 }
 
 
