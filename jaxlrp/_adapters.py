@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.errors
@@ -90,6 +90,11 @@ def _of_library(model: Any, library: str, name: str) -> bool:
 
 def _linen(model: nn.Module) -> Adapted:
     def fun(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"explain() of {type(model).__name__} takes its variables first, as model.apply does: "
+                f"explain(params, x), not a {type(variables).__name__}"
+            )
         with _training_mode_is_an_error(), nn.intercept_methods(_refuse_training):
             return model.apply(variables, *args, **kwargs)
 
@@ -147,9 +152,9 @@ def _nnx(model: nnx.Module) -> Adapted:
     for path, module in nnx.iter_graph(model):
         name = "/".join(map(str, path)) or type(module).__name__
         if isinstance(module, nnx.Dropout) and not module.deterministic and module.rate > 0:
-            raise NotDeterministicError(_dropout_is_on(name, "Call model.eval() first."))
+            raise NotDeterministicError(_dropout_is_on(name, "Call model.eval() before jaxlrp.lrp(model)."))
         if isinstance(module, nnx.BatchNorm) and not module.use_running_average:
-            raise NotDeterministicError(_batch_statistics_are_on(name, "Call model.eval() first."))
+            raise NotDeterministicError(_batch_statistics_are_on(name, "Call model.eval() before jaxlrp.lrp(model)."))
     graph = nnx.graphdef(model)
 
     def fun(state: Any, *args: Any, **kwargs: Any) -> Any:

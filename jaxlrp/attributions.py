@@ -379,7 +379,7 @@ def _binder(model: Any, argnums: Argnums, target: TargetLike) -> Callable[[tuple
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise InputError(
                     f"argument {chosen} holds {x.dtype}{list(x.shape)}, and only floating-point "
-                    "inputs can be explained: cast it, or explain the embeddings of tokens"
+                    "inputs can be explained: for token ids explain their embeddings, cast images"
                 )
         weights = _weights(function(inputs), default if target is None else target)
         return _Score(function, inputs, weights)

@@ -378,7 +378,9 @@ def as_composite(composite: Composite | Rule | None) -> Composite:
     if isinstance(composite, Rule):
         return Composite.uniform(composite)
     if not isinstance(composite, Composite):
-        raise TypeError(f"composite must be a Composite, a Rule or None, not {composite!r}")
+        what = getattr(composite, "__name__", repr(composite))
+        hint = f"; call it: {what}()" if callable(composite) else ""
+        raise TypeError(f"composite must be a Composite, a Rule or None, not {what}{hint}")
     return composite
 
 

@@ -242,7 +242,23 @@ def trace_program(
     inputs = tuple(map(_input, jaxpr.invars, explained, paths))
     equations: list[Equation] = []
     outputs = _inline(jaxpr, consts, inputs, _Place(), equations)
-    return Program(equations, inputs, outputs).serving(outputs)
+    program = Program(equations, inputs, outputs).serving(outputs)
+    _squeeze_lookups(program)
+    return program
+
+
+def _squeeze_lookups(program: Program) -> None:
+    """A lookup under vmap leaves an axis of size 1, which is squeezed right away: relevance ends behind that."""
+    for value in program.sources:
+        while len(readers := program.consumers.get(value, [])) == 1 and value not in program.inputs:
+            (reader,) = readers
+            squeezed = [n for n in reader.outputs[0].shape if n != 1] == [n for n in value.shape if n != 1]
+            if reader.primitive not in _primitives.RESHAPE - _primitives.TRANSPOSE or not squeezed:
+                break
+            if len(reader.outputs[0].shape) >= len(value.shape):
+                break
+            value.depends, reader.outputs[0].token = False, value.token
+            value = reader.outputs[0]
 
 
 def _input(var: Any, explained: bool, path: str) -> Value:

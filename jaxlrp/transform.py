@@ -225,6 +225,11 @@ class _Capture:
 class Layers(tuple[Layer, ...]):
     """The layers of a model in execution order; prints as a table, the layers inside of a recurrence below it."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, those of layers inside of recurrences and branches too."""
+        return tuple(layer.name for layer, _ in every_layer(self))
+
     def __str__(self) -> str:
         rows = [
             ("  " * depth + a.name, f"{a.kind}/{a.op}", _shapes(a.inputs), _shapes(a.outputs), a.source)

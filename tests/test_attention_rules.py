@@ -285,6 +285,26 @@ def test_the_ledger_ends_at_the_embeddings(rng, key):
     )
 
 
+@pytest.mark.parametrize("fill", [-1e9, float(np.finfo(np.float32).min), -np.inf])
+def test_rows_that_are_masked_altogether(rng, fill):
+    scores = jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)
+    mask = jnp.array([[True, True, False], [True, False, False], [not np.isfinite(fill), False, False]])
+    model = lambda x: jax.nn.softmax(jnp.where(mask, x, fill)) @ jnp.arange(3.0, dtype=jnp.float32)  # noqa: E731
+    relevance = jaxlrp.lrp(model, jaxlrp.AttnLRP())(scores)
+    assert np.isfinite(relevance).all()
+    np.testing.assert_array_equal(relevance[~mask], 0)
+    jaxlrp.ledger(model, jaxlrp.AttnLRP())(scores).check(1e-4)
+
+
+def test_a_lookup_of_single_tokens_under_vmap(rng):
+    table, w = arrays(rng, (7, 4), (4, 3))
+    ids = jnp.array([[1, 2, 0], [3, 3, 6]])
+    each = jax.vmap(jax.vmap(lambda i, t: t[i], (0, None)), (0, None))
+    got = jaxlrp.lrp(lambda ids, t, w: each(ids, t) @ w, jaxlrp.Epsilon())(ids, table, w)
+    want = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Epsilon())(table[ids], w)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
 # -- decisions and segments ------------------------------------------------------------------------------------------
 
 

@@ -269,16 +269,14 @@ class Zero(SplitRule, kw_only=True):
         """As for every split rule; a Taylor term where the layer is not linear."""
         if call.layer.linear is not None:
             return super().fold(call, *relevance)
-        seeds = self._seeds(call, relevance)
-        # a masked input (-inf before a softmax) contributes nothing
-        return tuple(jnp.where(jnp.isfinite(x), x, 0.0) * g for x, g in zip(call.inputs, call.vjp(*seeds), strict=True))
+        back = call.vjp(*self._seeds(call, relevance))
+        return tuple(x * g for x, g in zip(_unmasked(call.inputs), back, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Named losses of a linear layer; of others, what the Taylor term leaves out."""
         if call.layer.linear is not None:
             return super().losses(call, *relevance)
-        finite = tuple(jnp.where(jnp.isfinite(x), x, 0.0) for x in call.inputs)
-        _, linear = jax.jvp(call.apply, call.inputs, finite)
+        _, linear = jax.jvp(call.apply, call.inputs, _unmasked(call.inputs))
         zero = jnp.zeros(())
         losses = {"nonlinearity": zero, "stabiliser": zero}
         for r, c, z, t in zip(relevance, self._seeds(call, relevance), call.outputs, linear, strict=True):
@@ -292,6 +290,14 @@ class Zero(SplitRule, kw_only=True):
     def _stab_plain(self, z: jax.Array) -> jax.Array:
         features = tuple(range(max(z.ndim - 1, 0), z.ndim))
         return stabilise(z, self.epsilon, clip=self.clip, norm_scale=self.norm_scale, features=features)
+
+
+_FILL = 1e8  # masks are filled with -inf, -1e9 or the most negative number; no score comes near these
+
+
+def _unmasked(x: Arrays) -> Arrays:
+    """Inputs with 0 where a mask stands, which contributes nothing (to a softmax)."""
+    return tuple(jnp.where(jnp.abs(a) < _FILL, a, 0.0) for a in x)
 
 
 class Epsilon(Zero):
