@@ -85,10 +85,13 @@ def _rank(layer: Layer, program: Program, given: list[int]) -> int:
     return least if layer.kind in ("product", "sum") and least == 3 else 0  # a product or a sum of gates is one
 
 
+_ULPS = 1e-6  # 6 * float32(1 / 6) is more than 1
+
+
 def _squashes(layer: Layer, program: Program) -> bool:
     """Whether an activation lies between 0 and 1 (a sigmoid in any spelling), or is a softplus or an exponential."""
     low, high = bounds(program, layer.equations)[layer.outputs[0]]
-    if low >= 0 and high <= 1:
+    if low >= -_ULPS and high <= 1 + _ULPS:
         return True
     both = any(all(v.depends for v in e.inputs) for e in layer.equations if e.primitive in P.MUL | P.DIV)
     return not both and bool({"softplus", "exp"}.intersection(layer.op.split("_")))
