@@ -271,7 +271,9 @@ def _double_precision() -> None:
 
 
 def _examine_by_name(name: str) -> Row:
-    return examine(next(family for family in FAMILIES if family.name == name))
+    row = examine(next(family for family in FAMILIES if family.name == name))
+    jax.clear_caches()  # compiled programs of large networks add up to gigabytes
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,6 +92,12 @@ def cond_branches(equation: Any) -> list[tuple[Any, Sequence[Any]]]:
     return [_open(branch) for branch in equation.params["branches"]]
 
 
+def bodies(equation: Any) -> list[Any]:
+    """The open jaxprs that an equation runs, whatever kind of call or loop it is."""
+    found = [v for value in equation.params.values() for v in (value if isinstance(value, (tuple, list)) else [value])]
+    return [opened for v in found if hasattr(opened := getattr(v, "jaxpr", v), "eqns")]
+
+
 def call_name(equation: Any) -> str | None:
     """The name of the Python function behind a call equation, if jax recorded one."""
     name = equation.params.get("name")

@@ -15,7 +15,7 @@ from typing import Any, cast
 import jax
 
 from .errors import NoRuleError, RuleError, UnknownLayerError
-from .graph import Value
+from .graph import Scan, Value
 from .layers import KINDS, Layer, every_layer
 from .rules import (
     AlphaBeta,
@@ -134,24 +134,42 @@ class Extreme(Selector):
     def select(self, layers: Sequence[Layer]) -> list[bool]:
         """Those that no other layer of the kind lies before (or behind) in data flow."""
         chosen = Kind(self.kind).select(layers)
-        outside = {v: out for layer in layers for body in layer.bodies for v, out in body.outside.items()}
+        backwards = self.end == "last"
         order = [i for i, layer in enumerate(layers) if not layer.bodies]  # the layers inside stand for these
-        if self.end == "last":
-            order.reverse()
-        behind: set[Any] = set()  # values on the far side of a layer of this kind
-        found = [False] * len(layers)
-        for i in order:
-            near, far = ({_outermost(v, outside) for v in vs} for vs in (layers[i].inputs, layers[i].outputs))
-            if self.end == "last":
-                near, far = far, near
-            hidden = any(v in behind for v in near)
-            found[i] = chosen[i] and not hidden
-            if chosen[i] or hidden:
-                behind.update(far)
-        return found
+        outside, carried = _flow_of_bodies(layers)
+        behind: set[Value] = set()  # values on the far side of a layer of this kind
+        while True:
+            known = len(behind)
+            found = [False] * len(layers)
+            for i in reversed(order) if backwards else order:
+                near, far = ({_outermost(v, outside) for v in vs} for vs in (layers[i].inputs, layers[i].outputs))
+                near, far = (far, near) if backwards else (near, far)
+                hidden = not behind.isdisjoint(near)
+                found[i] = chosen[i] and not hidden
+                if chosen[i] or hidden:
+                    behind.update(far)
+            for before, after in carried:  # to the next step
+                behind.update({before} if backwards and after in behind else ())
+                behind.update({after} if not backwards and before in behind else ())
+            if len(behind) == known:
+                return found
 
     def __str__(self) -> str:
         return f'{self.end}("{self.kind}")'
+
+
+def _flow_of_bodies(layers: Sequence[Layer]) -> tuple[dict[Value, Value], list[tuple[Value, Value]]]:
+    """Which values inside of recurrences and branches are which outside, and from where to where carries go."""
+    outside: dict[Value, Value] = {}
+    carried: list[tuple[Value, Value]] = []
+    for layer in layers:
+        for body in layer.bodies:
+            outside.update(body.outside)
+            if isinstance(scan := layer.equations[0], Scan):
+                starts = scan.split(scan.step.inputs)[1]
+                carried += [(outside.pop(v, v), v) for v in starts]
+                carried += [(outside.get(end, end), v) for end, v in zip(scan.step.outputs, starts, strict=False)]
+    return outside, [(_outermost(before, outside), after) for before, after in carried]
 
 
 def _outermost(value: Value, outside: Mapping[Value, Value]) -> Value:

@@ -9,6 +9,7 @@ is concerned and is simply evaluated: BatchNorm statistics, weight normalisation
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ class Value:
     literal: bool = False  # made of numbers written in the code, not of parameters
     random: bool = False  # made from random bits
     path: str = ""  # the parameter it comes from: "params/Dense_0/kernel"
-    token: Value | None = None  # the explained input of integers (token ids) that it is made of
+    token: Value | None = None  # the explained token ids that it selects by: ids, moved or shifted, or one-hot rows
+    counting: bool = False  # 0, 1, 2, ... along an axis
 
     @property
     def carries(self) -> bool:
@@ -332,7 +334,7 @@ def _inline(
             continue
         if inner is not None:
             name = name or next(_call_names(inner[0]), None)
-        outputs = tuple(_result(var.aval, eqn.primitive, operands) for var in eqn.outvars)
+        outputs = tuple(_result(var.aval, eqn, operands) for var in eqn.outvars)
         known.update(zip(eqn.outvars, outputs, strict=True))
         if inner is not None:
             here = here.named(name)
@@ -365,7 +367,8 @@ def _scan(eqn: Any, operands: tuple[Value, ...], place: _Place) -> Scan:
     # the step again as the program that its results need: Program links readers and makers
     step = step.serving(step.outputs)
     flags = [*after, *(v.depends for v in step.outputs[carries:])]
-    outputs = tuple(Value(v.aval.shape, v.aval.dtype, depends=d) for v, d in zip(eqn.outvars, flags, strict=True))
+    made = list(zip(flags, step.outputs, strict=True))
+    outputs = tuple(_outcome(v.aval, d, [o]) for v, (d, o) in zip(eqn.outvars, made, strict=True))
     length = (eqn.params["length"],)
     starts = tuple(Value(length + v.shape, v.dtype, depends=v.depends) for v in inputs[consts:stacked])
     return Scan(
@@ -375,6 +378,12 @@ def _scan(eqn: Any, operands: tuple[Value, ...], place: _Place) -> Scan:
         carries=carries,
         starts=starts,
     )
+
+
+def _outcome(aval: Any, depends: bool, inner: Sequence[Value]) -> Value:
+    """The value outside of a body for those inside."""
+    token = None if depends else next((v.token for v in inner if v.token), None)
+    return Value(aval.shape, aval.dtype, depends=depends, random=any(v.random for v in inner), token=token)
 
 
 def _refuse_lookups(body: Program, place: _Place) -> None:
@@ -394,7 +403,8 @@ def _cond(eqn: Any, operands: tuple[Value, ...], place: _Place) -> Cond:
         branches.append(Program(equations, inputs, outputs).serving(outputs))
         _refuse_lookups(branches[-1], place)
     flags = [any(branch.outputs[i].depends for branch in branches) for i in range(len(eqn.outvars))]
-    outputs = tuple(Value(v.aval.shape, v.aval.dtype, depends=d) for v, d in zip(eqn.outvars, flags, strict=True))
+    made = zip(*(branch.outputs for branch in branches), strict=True)
+    outputs = tuple(_outcome(v.aval, d, o) for v, d, o in zip(eqn.outvars, flags, made, strict=True))
     place_of = (place.scope, place.calls, place.source)
     return Cond(eqn.primitive, eqn.params, operands, outputs, *place_of, branches=tuple(branches))
 
@@ -403,39 +413,77 @@ def _literal(atom: Any) -> Value:
     return Value(atom.aval.shape, atom.aval.dtype, constant=np.asarray(atom.val, atom.aval.dtype), literal=True)
 
 
-def _result(aval: Any, prim: Any, operands: Sequence[Value]) -> Value:
+def _result(aval: Any, eqn: Any, operands: Sequence[Value]) -> Value:
+    prim, params = eqn.primitive, eqn.params
     constant = prim in _primitives.SHAPE_ONLY or prim in _primitives.DECIDING
     # whole numbers made of real ones (an argmax, the indices of a top-k) are decisions
     constant = constant or jnp.issubdtype(getattr(aval, "dtype", bool), np.integer)
     depends = any(v.depends for v in operands) and not constant
     token = None if depends else _token(prim, aval, operands)
-    if token and (prim in _primitives.LOOKUP or prim in _primitives.DOT) and jnp.issubdtype(aval.dtype, np.floating):
+    if token and _looks_up(prim, params, aval, operands):
         depends = True  # an embedding, by its index or by a one-hot row: relevance ends here
     return Value(
         getattr(aval, "shape", ()),
         getattr(aval, "dtype", np.dtype(bool)),
         depends=depends,
         literal=all(v.literal for v in operands),
-        random=prim in _primitives.RANDOM or any(v.random for v in operands if not v.depends),
+        random=_draws(eqn) or any(v.random for v in operands if not v.depends),
         path="" if depends else next((v.path for v in operands if v.path), ""),
         token=token,
+        counting=prim in _primitives.IOTA or (prim in _KEEPS_ORDER and any(v.counting for v in operands)),
     )
 
 
+_KEEPS_ORDER = _primitives.MOVE | _primitives.CAST | _primitives.ADD
+# What token ids may go through and still be token ids: ids[:, ::2], ids + offset, where(ids < 0, ids + n, ids)
+_KEEPS_TOKENS = (
+    (_primitives.MOVE - _primitives.LOOKUP)
+    | _primitives.CAST
+    | _primitives.ADD
+    | _primitives.SUB
+    | _primitives.SELECT
+    | _primitives.CLAMP
+    | _primitives.MAXMIN
+)
+
+
 def _token(prim: Any, aval: Any, operands: Sequence[Value]) -> Value | None:
-    if prim in _primitives.COMPARING and any(v.shape == () for v in operands):
-        return None  # ids != 0 makes a mask (and positions, by counting), ids == arange(n) one-hot rows
-    whole = any(jnp.issubdtype(v.dtype, np.integer) for v in operands)
-    if whole and jnp.issubdtype(aval.dtype, np.floating) and prim not in _primitives.LOOKUP:
-        return None  # pixels in whole numbers, made real: no rows of a table
-    return next((v.token for v in operands if v.token), None)
+    """The token ids that a result selects by, if it is made of some and of nothing that hides them.
+
+    Not so masks (``ids != 0``), positions counted from masks, the place of the largest id, whole pixels made real.
+    """
+    if prim in _primitives.LOOKUP:  # by its indices, not by what it takes them from
+        return next((v.token for v in operands[1:] if v.token), operands[0].token)
+    token = next((v.token for v in operands if v.token), None)
+    if prim in _primitives.EQUAL:  # ids == arange(n): one-hot rows
+        return token if any(v.counting for v in operands) else None
+    if prim in _primitives.DOT:
+        return token
+    whole = any(v.token and jnp.issubdtype(v.dtype, np.integer) for v in operands)
+    real = jnp.issubdtype(aval.dtype, np.floating)
+    return token if prim in _KEEPS_TOKENS and not (whole and real) else None
+
+
+def _looks_up(prim: Any, params: Mapping[str, Any], aval: Any, operands: Sequence[Value]) -> bool:
+    if not jnp.issubdtype(aval.dtype, np.floating):
+        return False
+    if prim in _primitives.LOOKUP:  # more than a number for each token: a row of a table
+        return operands[0].token is None and math.prod(params["slice_sizes"]) > 1
+    return prim in _primitives.DOT
+
+
+def _draws(eqn: Any) -> bool:
+    """Whether an operation, or any inside of it, draws random bits."""
+    if eqn.primitive in _primitives.RANDOM:
+        return True
+    return any(_draws(inner) for body in _compat.bodies(eqn) for inner in body.eqns)
 
 
 def _stays_whole(eqn: Any, operands: Sequence[Value]) -> bool:
     """A call with its own derivative stays one equation if it is elementwise, or constant for relevance."""
     depends = sum(v.depends for v in operands)
     if depends == 0:
-        return True
+        return not any(v.token for v in operands)  # an embedding may be looked up inside
     shapes = {var.aval.shape for var in eqn.outvars}
     return depends == 1 and len(shapes) == 1 and _is_elementwise(_compat.inner_jaxpr(eqn)[0], shapes.pop())  # type: ignore[index]
 

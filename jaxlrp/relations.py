@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from . import _primitives as P
 from .bounds import bounds
 from .graph import Program, Scan, Value
@@ -51,7 +53,7 @@ def join_normalisations(layers: list[Layer], program: Program) -> list[Layer]:
     return [layer for layer in layers if layer not in gone]
 
 
-_REARRANGING = ("reshape", "transpose", "squeeze", "expand_dims")
+_REARRANGING = ("reshape", "squeeze", "expand_dims")
 
 
 def mark_gates(layers: list[Layer], program: Program, ranks: dict[Value, int] | None = None) -> None:
@@ -65,8 +67,10 @@ def mark_gates(layers: list[Layer], program: Program, ranks: dict[Value, int] | 
             mark_gates(body.layers, body.program, ranks)
         given = [ranks.get(v, 0) for v in layer.inputs]
         ranks.update(dict.fromkeys(layer.outputs, _rank(layer, program, given)))
-        for body in layer.bodies:
-            ranks.update((body.outside[v], ranks.get(v, 0)) for v in body.program.outputs)
+        if layer.bodies:  # what any branch makes of it may be no gate
+            made = zip(*(body.program.outputs for body in layer.bodies), strict=True)
+            least = [min(ranks.get(v, 0) for v in alternatives) for alternatives in made]
+            ranks.update(zip(layer.equations[0].outputs, least, strict=True))
         if layer.kind == "product":
             layer.gates = tuple(i for i, rank in enumerate(given) if rank > min(given))
             if layer.op == "mul" and layer.gates and max(given) == 3:
@@ -97,12 +101,20 @@ def _squashes(layer: Layer, program: Program) -> bool:
     return not both and bool({"softplus", "exp"}.intersection(layer.op.split("_")))
 
 
-def mark_final(layers: list[Layer], program: Program) -> None:
-    """Mark the layers whose output is the model's, perhaps moved on the way (masked, reshaped), and nobody else's."""
-    final = {v for v in program.outputs if v.carries}
-    read: set[Value] = set()
+def mark_final(layers: list[Layer], program: Program, outputs: Iterable[Value] | None = None) -> None:
+    """Mark the layers whose output is the model's, perhaps moved on the way (masked, reshaped), and nobody else's.
+
+    ``outputs`` are those of the program's outputs that are the model's: of a scan what it stacks, not what it carries.
+    """
+    final = {v for v in (program.outputs if outputs is None else outputs) if v.carries}
+    read: set[Value] = set(program.outputs) - final
     for layer in reversed(layers):
         layer.final = any(v in final for v in layer.outputs) and not read.intersection(layer.outputs)
+        for body in layer.bodies if layer.final else ():
+            equation = layer.equations[0]
+            carried = body.program.outputs[: equation.carries] if isinstance(equation, Scan) else ()
+            pairs = zip(body.program.outputs, equation.outputs, strict=True)
+            mark_final(body.layers, body.program, [v for v, outer in pairs if outer in final and v not in carried])
         if layer.final and layer.kind == "move":
             final.update(v for v in layer.inputs if v not in read)
         else:

@@ -72,9 +72,10 @@ class LayerCall:
     def linear(self) -> LinearMap:
         """The layer as ``z = f(x, w) + b``; raises RuleError if it is not linear."""
         if self.layer.linear is None:
+            fitting = "LayerByLayer()" if self.layer.bodies else "for example Pass() or Epsilon()"
             raise RuleError(
                 f"layer '{self.layer.name}' ({self.layer.kind}/{self.layer.op}, {self.layer.source}) is not linear; "
-                f"give it a rule for {self.layer.kind} layers, for example Pass() or Epsilon()"
+                f"give it a rule for {self.layer.kind} layers, {fitting}"
             )
         positive = self.known.positive.issuperset(self.layer.outputs)
         return self.layer.linear.bind(self.env, self.nonnegative, positive)

@@ -46,7 +46,8 @@ class Flat(_WeightsAlone, kw_only=True):
         """
         spec = call.layer.linear
         small = None if spec is None else spec.one_channel()
-        if small is None or self.bias == "redistribute":
+        plain = not callable(self.epsilon) and jnp.ndim(self.epsilon) == 0
+        if small is None or not plain or self.bias == "redistribute":
             return super().fold(call, *relevance)
         coming = jnp.sum(relevance[0], axis=small.feature_out, keepdims=True)
         one = [1 if i == small.batch else n for i, n in enumerate(small.shape)]

@@ -280,6 +280,7 @@ class Zero(SplitRule, kw_only=True):
         zero = jnp.zeros(())
         losses = {"nonlinearity": zero, "stabiliser": zero}
         for r, c, z, t in zip(relevance, self._seeds(call, relevance), call.outputs, linear, strict=True):
+            z, t = (jnp.where(jnp.isfinite(z), a, 0.0) for a in (z, t))  # a masked output (log 0) gets nothing
             losses["nonlinearity"] += total(c * (z - t))
             losses["stabiliser"] += total(r - c * z)
         return losses
@@ -372,4 +373,5 @@ class Gamma(SplitRule, kw_only=True):
 
     def _shares(self, relevance: jax.Array, linear: LinearMap) -> Sequence[Share]:
         shares = super()._shares(relevance, linear)
-        return shares[:1] if linear.positive else shares  # nothing comes to negative outputs: one share less to pay for
+        # nothing comes to negative outputs: one share less to pay for
+        return shares[:1] if linear.positive and type(self).shares is Gamma.shares else shares

@@ -153,11 +153,16 @@ class EqualShare(Rule, kw_only=True):
 
     @property
     def proportional(self) -> bool:
-        """Yes."""
-        return True
+        """As long as a subclass keeps ``fold``."""
+        return type(self).fold is EqualShare.fold
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative, divided among the factors."""
+        if len(relevance) != 1:
+            raise RuleError(
+                f"{type(self).__name__}() is for products, not for layer '{call.layer.name}' "
+                f"({call.layer.kind}/{call.layer.op}), which has {len(relevance)} outputs"
+            )
         (out,), (z,) = relevance, call.outputs
         factors = self._factors(call)
         back = call.vjp(ratio(out, stabilise(sum(factors) * z, self.epsilon)))
@@ -171,8 +176,8 @@ class EqualShare(Rule, kw_only=True):
     def _factors(self, call: LayerCall) -> list[int]:
         """How many factors of the product each input is: ``x @ x.T`` has one input and two factors."""
         inputs = call.layer.inputs
-        if call.layer.op == "div" and len(inputs) == 2:
-            return [1, 0]
+        if call.layer.op == "div" and len(inputs) == 2:  # a constant over x: the share of x is that of 1 / x
+            return [0, -1] if inputs[0] in call.known.constant else [1, 0]
         if call.layer.op == "prod":
             return [math.prod(inputs[0].shape) // max(math.prod(call.layer.outputs[0].shape), 1)]
         counts = [sum(v is u for e in call.layer.equations for u in e.inputs) for v in inputs]
@@ -204,8 +209,8 @@ class Constant(Rule):
 
     @property
     def proportional(self) -> bool:
-        """Yes."""
-        return True
+        """As long as a subclass keeps ``fold``."""
+        return type(self).fold is Constant.fold
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Nothing."""
@@ -237,8 +242,8 @@ class HoldScale(Rule, kw_only=True):
 
     @property
     def proportional(self) -> bool:
-        """Yes."""
-        return True
+        """As long as a subclass keeps ``fold``."""
+        return type(self).fold is HoldScale.fold
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times derivative of the detached layer."""
