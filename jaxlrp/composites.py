@@ -148,9 +148,8 @@ class Extreme(Selector):
                 found[i] = chosen[i] and not hidden
                 if chosen[i] or hidden:
                     behind.update(far)
-            for before, after in carried:  # to the next step
-                behind.update({before} if backwards and after in behind else ())
-                behind.update({after} if not backwards and before in behind else ())
+            if not backwards:
+                behind.update(after for before, after in carried if before in behind)  # in the next step
             if len(behind) == known:
                 return found
 
@@ -166,9 +165,11 @@ def _flow_of_bodies(layers: Sequence[Layer]) -> tuple[dict[Value, Value], list[t
         for body in layer.bodies:
             outside.update(body.outside)
             if isinstance(scan := layer.equations[0], Scan):
-                starts = scan.split(scan.step.inputs)[1]
-                carried += [(outside.pop(v, v), v) for v in starts]
-                carried += [(outside.get(end, end), v) for end, v in zip(scan.step.outputs, starts, strict=False)]
+                # a carry comes from outside in the first step, and from the step before where it starts as a constant
+                for start, end in zip(scan.split(scan.step.inputs)[1], scan.step.outputs, strict=False):
+                    if not outside[start].carries:
+                        del outside[start]
+                        carried.append((end, start))
     return outside, [(_outermost(before, outside), after) for before, after in carried]
 
 

@@ -457,9 +457,9 @@ def _token(prim: Any, aval: Any, operands: Sequence[Value]) -> Value | None:
     token = next((v.token for v in operands if v.token), None)
     if prim in _primitives.EQUAL:  # ids == arange(n): one-hot rows
         return token if any(v.counting for v in operands) else None
-    if prim in _primitives.DOT:
-        return token
     whole = any(v.token and jnp.issubdtype(v.dtype, np.integer) for v in operands)
+    if prim in _primitives.DOT:
+        return None if whole else token
     real = jnp.issubdtype(aval.dtype, np.floating)
     return token if prim in _KEEPS_TOKENS and not (whole and real) else None
 

@@ -61,6 +61,7 @@ class Layer:
         rule: the rule that the model itself declared for this layer (`jaxlrp.custom_layer`).
         rectifies: whether an activation is 0 wherever its input is not positive (relu, relu6).
         gates: of a product, which inputs gate the others: those that come out of a squashing function.
+        moves: of a normalisation, what rearranges its result before gain and shift.
         bodies: for a recurrence the layers of one step, for a branch those of every alternative.
     """
 
@@ -76,6 +77,7 @@ class Layer:
     rule: Any = None
     rectifies: bool = False
     gates: tuple[int, ...] = ()
+    moves: tuple[Equation, ...] = ()
     bodies: tuple[Body, ...] = ()
 
     def __repr__(self) -> str:

@@ -48,12 +48,13 @@ def join_normalisations(layers: list[Layer], program: Program) -> list[Layer]:
         if between and before and before.kind == "normalization" and alone(value):
             gone.update((before, *between))
             layer.kind, layer.op, layer.linear = before.kind, before.op, None
-            layer.equations = sum((m.equations for m in (before, *between)), ()) + layer.equations
+            layer.moves = sum((m.equations for m in between), ())
+            layer.equations = before.equations + layer.moves + layer.equations
             layer.inputs = before.inputs
     return [layer for layer in layers if layer not in gone]
 
 
-_REARRANGING = ("reshape", "squeeze", "expand_dims")
+_REARRANGING = ("reshape", "transpose", "squeeze", "expand_dims")
 
 
 def mark_gates(layers: list[Layer], program: Program, ranks: dict[Value, int] | None = None) -> None:

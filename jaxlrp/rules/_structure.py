@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from .. import _compat
 from ..errors import RuleError
-from ..graph import read, widen
+from ..graph import Equation, read, widen
 from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, ratio, stabilise, total, unbroadcast
 
 
@@ -26,13 +27,21 @@ class Pass(Rule):
                 f"({call.layer.kind}/{call.layer.op}) has {len(call.layer.inputs)} inputs and {len(relevance)} outputs"
             )
         (out,), (value,) = relevance, call.layer.inputs
+        for move in reversed(call.layer.moves):
+            out = _moved_back(move, out)
         repeated = _fits(out, value.shape)
-        if not repeated and out.size != math.prod(value.shape):
+        opaque = call.layer.kind == "custom"  # nobody knows which place went where
+        if not repeated and (opaque or out.size != math.prod(value.shape)):
             raise RuleError(
                 f"Pass() needs an output of its input's shape, but layer '{call.layer.name}' "
                 f"({call.layer.kind}/{call.layer.op}) maps {value.shape} to {out.shape}"
             )
         return (unbroadcast(out, value.shape) if repeated else out.reshape(value.shape),)
+
+
+def _moved_back(move: Equation, out: jax.Array) -> jax.Array:
+    before = jax.ShapeDtypeStruct(move.inputs[0].shape, out.dtype)
+    return jax.linear_transpose(lambda x: _compat.bind(move.primitive, move.params, x)[0], before)(out)[0]
 
 
 def _fits(out: jax.Array, shape: tuple[int, ...]) -> bool:
