@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -175,3 +176,10 @@ def test_command_refuses_an_unknown_family(capsys):
     with pytest.raises(SystemExit):
         coverage.main(["--family", "no such network"])
     assert "no family" in capsys.readouterr().err
+
+
+def test_the_readme_lists_every_family():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- coverage: begin -->")[2].partition("<!-- coverage: end -->")[0]
+    rows = [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]]
+    assert rows == [f.name for f in FAMILIES]
