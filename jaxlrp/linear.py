@@ -22,6 +22,7 @@ import numpy as np
 
 from . import _compat
 from . import _primitives as P
+from .convolutions import Convolution
 from .graph import Equation, Program, Value, read, wide_dtype, widen
 
 Arrays = tuple[jax.Array, ...]
@@ -37,6 +38,7 @@ class LinearMap:
         bias: ``b``, broadcastable to the output, or None.
         output: ``z`` as the model computed it.
         apply: ``f(x, w)``.
+        transpose: ``(w, s) -> fᵀ``: what ``f(·, w)``, transposed, hands back to every input.
         features: the axes of the output over which one sample's ``z`` is spread (for stabilisers relative to its rms).
         exact: whether ``output`` is ``f(x, w) + b``; not so once a rule has replaced inputs or weights.
         nonnegative: whether the inputs are known never to be negative (they come out of a relu, a softmax, ...).
@@ -48,6 +50,7 @@ class LinearMap:
     bias: jax.Array | None
     output: jax.Array
     apply: Callable[[Arrays, Arrays], jax.Array]
+    transpose: Callable[[Arrays, jax.Array], Arrays]
     features: tuple[int, ...]
     nonnegative: bool = False
     positive: bool = False
@@ -83,16 +86,23 @@ class LinearSpec:
         output = widen(read(env, self.output))
         scale, shift = self._tail(env)
         if self.core is None:
-            weights, apply = (scale,), _elementwise(output.shape)
+            core = Core((scale,), _elementwise(output.shape))
+            weights, apply = core.weights, core.apply
         else:
-            weights, apply, constant = _CORES[self.core.primitive](self.core, env)
-            if constant is not None:
-                shift = constant * scale + shift
-            weights = tuple(_scaled(self.core, w, scale) for w in weights)
-            apply = self._with_tail(apply, output.dtype)
+            core = _CORES[self.core.primitive](self.core, env)
+            if core.constant is not None:
+                shift = core.constant * scale + shift
+            weights = tuple(_scaled(self.core, w, scale) for w in core.weights)
+            apply = self._with_tail(core.apply, output.dtype)
+
+        def transpose(w: Arrays, s: jax.Array) -> Arrays:
+            if core.transpose is not None:
+                return core.transpose(w, self._before_tail(s))
+            return jax.vjp(lambda x: apply(x, w), inputs)[1](s)[0]
+
         bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
         features = _features(self.core, self.tail, output.ndim)
-        return LinearMap(inputs, weights, bias, output, apply, features, nonnegative, positive)
+        return LinearMap(inputs, weights, bias, output, apply, transpose, features, nonnegative, positive)
 
     def one_channel(self) -> OneChannel | None:
         """The layer with one input and one output feature, all weights 1; None where features cannot be told apart.
@@ -154,6 +164,14 @@ class LinearSpec:
             return z.astype(dtype)  # the tail may cast to more bits
 
         return moved
+
+    def _before_tail(self, s: jax.Array) -> jax.Array:
+        """From the layer's output back to that of its core: through the reshapes in between."""
+        for eqn in reversed(self.tail):
+            if eqn.primitive in P.RESHAPE:
+                before = jax.ShapeDtypeStruct(eqn.inputs[0].shape, s.dtype)
+                (s,) = jax.linear_transpose(lambda x, e=eqn: _compat.bind(e.primitive, e.params, x)[0], before)(s)
+        return s
 
 
 # -- what a linear layer absorbs ----------------------------------------------------------------------------------
@@ -337,7 +355,16 @@ def _features(core: Equation | None, tail: Sequence[Equation], ndim: int) -> tup
 
 # -- the bilinear maps -----------------------------------------------------------------------------------------------
 
-Core = tuple[Arrays, Callable[[Arrays, Arrays], jax.Array], "jax.Array | None"]
+
+class Core(NamedTuple):
+    """An operation ``f(x, w) + constant``."""
+
+    weights: Arrays
+    apply: Callable[[Arrays, Arrays], jax.Array]
+    constant: jax.Array | None = None
+    transpose: Callable[[Arrays, jax.Array], Arrays] | None = (
+        None  # (w, s) -> fᵀ, where there is a better one than jax's
+    )
 
 
 def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
@@ -353,7 +380,14 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
         operands = _promoted(*operands)
         return _compat.bind(eqn.primitive, params, *operands)[0]
 
-    return (weight,), apply, None
+    if eqn.primitive not in P.CONV or side == 1:
+        return Core((weight,), apply)
+    convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
+    return Core(
+        (weight,),
+        (lambda x, w: convolution.apply_depthwise(*_promoted(x[0], w[0]))) if convolution.depthwise else apply,
+        transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.phased else None,
+    )
 
 
 def _promoted(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -373,7 +407,7 @@ def _addition(eqn: Equation, env: Mapping[Value, Any]) -> Core:
         return sum((jnp.broadcast_to(a * c, shape) for a, c in zip(x, w, strict=True)), jnp.zeros((), dtype))
 
     constants = [widen(read(env, v)) * s for v, s in zip(eqn.inputs, signs, strict=True) if not v.carries]
-    return weights, apply, (constants[0] if constants else None)
+    return Core(weights, apply, constants[0] if constants else None)
 
 
 def _summing(eqn: Equation, env: Mapping[Value, Any]) -> Core:
@@ -383,7 +417,7 @@ def _summing(eqn: Equation, env: Mapping[Value, Any]) -> Core:
     def apply(x: Arrays, w: Arrays) -> jax.Array:
         return _compat.bind(eqn.primitive, eqn.params, x[0])[0] * w[0]
 
-    return (jnp.ones((), dtype),), apply, None
+    return Core((jnp.ones((), dtype),), apply)
 
 
 def _scatter_add(eqn: Equation, env: Mapping[Value, Any]) -> Core:
@@ -404,7 +438,7 @@ def _scatter_add(eqn: Equation, env: Mapping[Value, Any]) -> Core:
         return run(dict(zip(live, x, strict=True))) * w[0]
 
     fixed = {v: widen(read(env, v)) for v in (operand, updates) if not v.carries}
-    return (jnp.ones((), dtype),), apply, (run(fixed) if fixed else None)
+    return Core((jnp.ones((), dtype),), apply, run(fixed) if fixed else None)
 
 
 def _elementwise(shape: tuple[int, ...]) -> Callable[[Arrays, Arrays], jax.Array]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from .. import _primitives as P
 from ..errors import RuleError
@@ -80,6 +81,15 @@ class LayerCall:
         positive = self.known.positive.issuperset(self.layer.outputs)
         return self.layer.linear.bind(self.env, self.nonnegative, positive)
 
+    def linear_when(self, relevance: jax.Array) -> tuple[jax.Array, LinearMap]:
+        """The relevance that arrived, and the layer with inputs and weights that are at hand only then (see `when`)."""
+        own = self.linear  # or its error
+        read_ = dict.fromkeys(v for e in self.layer.equations for v in e.inputs if v in self.env and not v.depends)
+        values = [*self.layer.inputs, *read_]
+        relevance, late = when(relevance, [self.env[v] for v in values])
+        env = ChainMap(dict(zip(values, late, strict=True)), self.env)  # type: ignore[arg-type]
+        return relevance, dataclasses.replace(dataclasses.replace(self, env=env).linear, output=own.output)
+
     def apply(self, *inputs: jax.Array, hold_scale: bool = False) -> Arrays:
         """Run the layer again on other inputs.
 
@@ -104,6 +114,19 @@ class LayerCall:
             return (to_winners(self.inputs[0], self.outputs[0], cotangents[0], params),)
         _, pull = jax.vjp(functools.partial(self.apply, hold_scale=hold_scale), *self.inputs)
         return pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, self.outputs, strict=True)))
+
+
+def when(relevance: jax.Array, values: Any) -> tuple[jax.Array, Any]:
+    """The same relevance and arrays, the arrays at hand only once relevance has arrived.
+
+    What only rules need (the layer's run with positive weights) would else be computed along with the forward pass, for
+    all layers, and be kept until their turn comes.
+    """
+    # One place of each sample stands for all, so that what makes the rest is still fused with what reads it. XLA drops
+    # a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
+    sign = lax.slice(relevance, [0] * relevance.ndim, [*relevance.shape[:1], *(min(n, 1) for n in relevance.shape[1:])])
+    values, sign = lax.optimization_barrier((values, lax.stop_gradient(sign)))
+    return relevance + jnp.minimum(jnp.abs(sign), 0.0), values
 
 
 class _Scales:
@@ -149,6 +172,13 @@ class Rule(struct.PyTreeNode):
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
         return {}
+
+    def replay(self, call: LayerCall) -> Arrays | None:
+        """The layer's outputs, if the rule has a cheaper way to them; None leaves them to the model's own code.
+
+        They must be the same up to rounding: the model goes on with them.
+        """
+        return None
 
     @property
     def proportional(self) -> bool:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -109,16 +109,21 @@ class SplitRule(Rule, kw_only=True):
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """``R_i = Σ (p c⁺ + n c⁻) ρ / stab(p P + n N)``."""
-        linear = self._modified(call)
+        arrived, linear = call.linear_when(relevance[0]) if self._again(call) else (relevance[0], call.linear)
+        linear = self._modified(linear)
         if self.bias == "redistribute":
-            return self._redistributed(linear, relevance[0])
-        parts = [flow.pull(flow.coefficient) for flow in self._flows(linear, relevance[0])]
+            return self._redistributed(linear, arrived)
+        parts = [_pull(linear, flow.p, flow.n, flow.coefficient) for flow in self._flows(linear, arrived)]
         return tuple(functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True))
+
+    def _again(self, call: LayerCall) -> bool:
+        """Whether the layer has to run once more for the sums of the shares."""
+        return type(self).shares is not Zero.shares or self.bias != "absorb"
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Bias, stabiliser, and what had no contribution of the right sign to go to."""
         (arrived,) = relevance
-        linear = self._modified(call)
+        linear = self._modified(call.linear)
         if self.bias == "redistribute":
             kept = self._redistributed_share(linear, arrived)
             return {"dropped sign": total(arrived - kept)}
@@ -135,8 +140,7 @@ class SplitRule(Rule, kw_only=True):
         losses["dropped sign"] += total(arrived - handed)
         return losses
 
-    def _modified(self, call: LayerCall) -> LinearMap:
-        own = call.linear
+    def _modified(self, own: LinearMap) -> LinearMap:
         new = self.modify(own)
         if new is own:
             return own
@@ -151,7 +155,7 @@ class SplitRule(Rule, kw_only=True):
 
     def _flows(self, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         for share, p, n in self._shares(relevance, linear):
-            sums, pull = _contributions(linear, p, n)
+            sums = _sums(linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
                 bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
@@ -160,16 +164,15 @@ class SplitRule(Rule, kw_only=True):
             elif linear.bias is None and linear.exact and _is_one(p) and _is_one(n):
                 sums = linear.output
             coefficient = ratio(share, self._stab(sums, linear))
-            yield _Flow(share, coefficient, sums, bias, pull)
+            yield _Flow(share, p, n, coefficient, sums, bias)
 
     def _stab(self, z: jax.Array, linear: LinearMap) -> jax.Array:
         return stabilise(z, self.epsilon, clip=self.clip, norm_scale=self.norm_scale, features=linear.features)
 
     # -- conserving the sum exactly ----------------------------------------------------------------------------------
 
-    def _redistribution(self, linear: LinearMap, relevance: jax.Array) -> tuple[Any, ...]:
-        positive, pull_positive = _contributions(linear, 1.0, 0.0)
-        negative, pull_negative = _contributions(linear, 0.0, 1.0)
+    def _redistribution(self, linear: LinearMap, relevance: jax.Array) -> Arrays:
+        positive, negative = _sums(linear, 1.0, 0.0), _sums(linear, 0.0, 1.0)
         bias = 0.0 if linear.bias is None else linear.bias
         plus = minus = jnp.zeros_like(relevance)
         for share, p, n in self._shares(relevance, linear):
@@ -180,44 +183,48 @@ class SplitRule(Rule, kw_only=True):
         size = jnp.abs(plus) * positive - jnp.abs(minus) * negative
         spread = ratio(missing, size)
         plus, minus = plus + jnp.abs(plus) * spread, minus - jnp.abs(minus) * spread
-        return positive, negative, plus, minus, pull_positive, pull_negative
+        return positive, negative, plus, minus
 
     def _redistributed(self, linear: LinearMap, relevance: jax.Array) -> Arrays:
-        _, _, plus, minus, pull_positive, pull_negative = self._redistribution(linear, relevance)
-        return tuple(a + b for a, b in zip(pull_positive(plus), pull_negative(minus), strict=True))
+        _, _, plus, minus = self._redistribution(linear, relevance)
+        return tuple(map(operator.add, _pull(linear, 1.0, 0.0, plus), _pull(linear, 0.0, 1.0, minus)))
 
     def _redistributed_share(self, linear: LinearMap, relevance: jax.Array) -> jax.Array:
-        positive, negative, plus, minus, *_ = self._redistribution(linear, relevance)
+        positive, negative, plus, minus = self._redistribution(linear, relevance)
         return plus * positive + minus * negative
 
 
 class _Flow(NamedTuple):
     share: jax.Array  # ρ
+    p: Factor
+    n: Factor
     coefficient: jax.Array  # ρ / stab(p P + n N)
     denominator: jax.Array  # p P + n N
     bias: jax.Array  # the bias's part of the denominator
-    pull: Callable[[jax.Array], Arrays]  # coefficients -> relevance of the inputs
 
 
-def _contributions(linear: LinearMap, p: Factor, n: Factor) -> tuple[jax.Array, Callable[[jax.Array], Arrays]]:
-    """``Σ_i p c⁺ + n c⁻`` for every output, and the function that hands coefficients back to the inputs."""
-    x, w, f = linear.inputs, linear.weights, linear.apply
+def _sums(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
+    """``Σ_i p c⁺ + n c⁻`` for every output."""
+    terms = [linear.apply(x, w) for x, w in _parts(linear, p, n)]
+    return functools.reduce(operator.add, terms)
+
+
+def _pull(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> Arrays:
+    """``Σ_j (p c⁺_ij + n c⁻_ij) s_j`` for every input."""
+    parts = [_times(x, linear.transpose(w, s)) for x, w in _parts(linear, p, n)]
+    return tuple(functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True))
+
+
+def _parts(linear: LinearMap, p: Factor, n: Factor) -> list[tuple[Arrays, Arrays]]:
+    """Inputs and weights whose contributions add up to ``p c⁺ + n c⁻``."""
+    x, w = linear.inputs, linear.weights
     if p is n or (_static(p) and _static(n) and p == n):
-        weights = w if _is_one(p) else tuple(p * a for a in w)
-        sums, transpose = jax.vjp(lambda x: f(x, weights), x)
-        return sums, lambda s: _times(x, transpose(s)[0])
-    own, swapped = tuple(_mix(p, a, n) for a in w), tuple(_mix(n, a, p) for a in w)
+        return [(x, w if _is_one(p) else tuple(p * a for a in w))]
+    own = tuple(_mix(p, a, n) for a in w)
     if linear.nonnegative:
-        sums, transpose = jax.vjp(lambda x: f(x, own), x)
-        return sums, lambda s: _times(x, transpose(s)[0])
+        return [(x, own)]
     up, down = tuple(jnp.maximum(a, 0.0) for a in x), tuple(jnp.minimum(a, 0.0) for a in x)
-    sums, transpose = jax.vjp(lambda u, d: f(u, own) + f(d, swapped), up, down)
-
-    def pull(s: jax.Array) -> Arrays:
-        back_up, back_down = transpose(s)
-        return tuple(a + b for a, b in zip(_times(up, back_up), _times(down, back_down), strict=True))
-
-    return sums, pull
+    return [(up, own), (down, tuple(_mix(n, a, p) for a in w))]
 
 
 def _times(x: Arrays, y: Arrays) -> Arrays:
@@ -352,6 +359,21 @@ class AlphaBeta(SplitRule, kw_only=True):
             shares.append((-self.beta * relevance, 0.0, 1.0))
         return shares
 
+    def replay(self, call: LayerCall) -> Arrays | None:
+        """``z = P + N + b``, where both sums are needed anyway and cost one run each."""
+        if not self._halves(call):
+            return None
+        linear = call.linear
+        z = _sums(linear, 1.0, 0.0) + _sums(linear, 0.0, 1.0)
+        return (z if linear.bias is None else z + linear.bias,)
+
+    def _halves(self, call: LayerCall) -> bool:
+        whole = type(self).shares is AlphaBeta.shares and type(self).modify is SplitRule.modify
+        return whole and call.layer.linear is not None and call.nonnegative and not _is_zero(self.beta)
+
+    def _again(self, call: LayerCall) -> bool:
+        return not self._halves(call)
+
 
 class Gamma(SplitRule, kw_only=True):
     """LRP-γ: contributions of the output's own sign count ``1 + γ`` times (Montavon et al., 2019).
@@ -375,3 +397,16 @@ class Gamma(SplitRule, kw_only=True):
         shares = super()._shares(relevance, linear)
         # nothing comes to negative outputs: one share less to pay for
         return shares[:1] if linear.positive and type(self).shares is Gamma.shares else shares
+
+    def _flows(self, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
+        """One run of the layer for both shares: where ``z < 0``, ``N = z - P`` cancels nothing."""
+        plain = linear.exact and self.bias == "absorb" and not self.norm_scale and not callable(self.epsilon)
+        if not plain or linear.positive or type(self).shares is not Gamma.shares:
+            yield from super()._flows(linear, relevance)
+            return
+        z, bias = linear.output, jnp.zeros(()) if linear.bias is None else linear.bias
+        positive = _sums(linear, 1.0, 0.0) + jnp.maximum(bias, 0.0)
+        sums = (z + self.gamma * positive, jnp.where(z < 0, z + self.gamma * (z - positive), 0.0))
+        for (share, p, n), denominator in zip(self.shares(relevance, z), sums, strict=True):
+            coefficient = ratio(share, self._stab(denominator, linear))
+            yield _Flow(share, p, n, coefficient, denominator, jnp.broadcast_to(_mix(p, bias, n), z.shape))

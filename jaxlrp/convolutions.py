@@ -1,0 +1,174 @@
+"""Convolutions that rules run and transpose themselves, where a detour beats what XLA does with jax's own.
+
+**Strides.** jax transposes a convolution of stride ``s`` into one that spreads its input with ``s - 1`` zeros between
+neighbours and multiplies them all. Write ``p = s q + φ`` for the places of the padded input and ``t = s m + φ`` for the
+taps of the kernel: taps reach only places of their own phase ``φ``, so that
+
+    x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]
+
+is one ordinary convolution without zeros, whose output features are the phases of all input features. Where kernels are
+not larger than the stride (patches, strided 1 × 1) there is one ``m``: a matrix product.
+
+**Depthwise.** Each feature has a kernel of its own, so nothing is contracted and the sum over ``m`` is one of shifted
+elementwise products. XLA's convolutions on a CPU take 20 to 100 times as long as that.
+
+`benchmarks/convolutions.py` measures both.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_FEW = 8  # input features up to which phases beat zeros although they pad the kernel to a multiple of the stride
+_MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
+
+
+class Convolution:
+    """A convolution's parameters and shapes, in one layout: samples first, features last.
+
+    Args:
+        params: as of ``lax.conv_general_dilated_p``.
+        image: shape of the input.
+        kernel: shape of the weights.
+    """
+
+    def __init__(self, params: Mapping[str, Any], image: tuple[int, ...], kernel: tuple[int, ...]):
+        numbers = params["dimension_numbers"]
+        self.numbers = numbers
+        self.strides: tuple[int, ...] = params["window_strides"]
+        self.padding: Sequence[tuple[int, int]] = params["padding"]
+        self.places = [image[axis] for axis in numbers.lhs_spec[2:]]
+        self.features = image[numbers.lhs_spec[1]]
+        self.taps = [kernel[axis] for axis in numbers.rhs_spec[2:]]
+        self.phases = [min(k, s) for k, s in zip(self.taps, self.strides, strict=True)]
+        self.steps = [-(-k // n) for k, n in zip(self.taps, self.phases, strict=True)]  # taps of each phase, at most
+        self.how = {k: params[k] for k in ("precision", "preferred_element_type")}
+        plain = params["batch_group_count"] == 1 and {*params["lhs_dilation"], *params["rhs_dilation"]} <= {1}
+        groups = params["feature_group_count"]
+        single = groups == self.features == kernel[numbers.rhs_spec[0]]
+        self.depthwise = plain and single and math.prod(self.taps) <= _MOST
+        few = self.features <= _FEW and max(self.strides, default=1) > 1
+        self.phased = self.depthwise or (plain and groups == 1 and (few or max(self.steps, default=1) == 1))
+
+    @property
+    def rank(self) -> int:
+        """How many axes a place has."""
+        return len(self.places)
+
+    def apply_depthwise(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """``z[o] = Σ_t w[t] x[s o + t]``."""
+        numbers = self.numbers
+        padded = _pad(_last(x, numbers.lhs_spec), self.padding)
+        weight = self._kernel(weight)
+        ends = [n - k for n, k in zip(padded.shape[1:], self.taps, strict=False)]
+        sizes = [end // s + 1 for end, s in zip(ends, self.strides, strict=True)]
+        shifts = [(tap, weight[tap]) for tap in itertools.product(*map(range, self.taps))]
+        return _first(_shifted(padded, shifts, sizes, self.strides), numbers.out_spec)
+
+    def transpose(self, weight: jax.Array, coming: jax.Array) -> jax.Array:
+        """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``phased``."""
+        coming, weight = _last(coming, self.numbers.out_spec), self._kernel(weight)
+        if self.depthwise:
+            spread = self._spread_depthwise(coming, weight)
+        elif max(self.steps, default=1) == 1:
+            last = (((coming.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+            spread = lax.dot_general(coming, weight, last, **self.how)
+        else:
+            around, ones = [(m - 1, m - 1) for m in self.steps], [1] * self.rank
+            kernel = self._by_phases(weight)
+            spread = lax.conv_general_dilated(
+                coming, kernel, ones, around, dimension_numbers=self._layout(), **self.how
+            )
+            spread = spread.reshape(*spread.shape[:-1], *self.phases, self.features)
+        whole = self._interleaved(spread)
+        padding = zip(self.padding, self.places, whole.shape[1:-1], strict=True)
+        crop = [(-low, n + low - size) for (low, _), n, size in padding]
+        return _first(_pad(whole, crop), self.numbers.lhs_spec)
+
+    def _kernel(self, weight: jax.Array) -> jax.Array:
+        """As ``[taps, in, out]``, or ``[taps, features]`` where depthwise."""
+        out, features, *taps = self.numbers.rhs_spec
+        weight = weight.transpose(*taps, features, out)
+        return weight[..., 0, :] if self.depthwise else weight
+
+    def _layout(self) -> lax.ConvDimensionNumbers:
+        images = (0, self.rank + 1, *range(1, self.rank + 1))
+        return lax.ConvDimensionNumbers(images, (self.rank + 1, self.rank, *range(self.rank)), images)
+
+    def _by_phases(self, weight: jax.Array) -> jax.Array:
+        """From ``[taps, in, out]`` to a kernel ``[steps, out, phases and in]`` that runs backwards."""
+        rank, out = self.rank, weight.shape[-1]
+        fill = [(0, m * n - k) for m, n, k in zip(self.steps, self.phases, self.taps, strict=True)]
+        split = [size for pair in zip(self.steps, self.phases, strict=True) for size in pair]
+        kernel = jnp.pad(weight, [*fill, (0, 0), (0, 0)]).reshape(*split, self.features, out)
+        steps, phases = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
+        kernel = jnp.flip(kernel, steps).transpose(*steps, 2 * rank + 1, *phases, 2 * rank)
+        return kernel.reshape(*self.steps, out, math.prod(self.phases) * self.features)
+
+    def _spread_depthwise(self, coming: jax.Array, weight: jax.Array) -> jax.Array:
+        padded = _pad(coming, [(m - 1, m - 1) for m in self.steps])
+        sizes = [n + m - 1 for n, m in zip(coming.shape[1:], self.steps, strict=False)]
+        of_phase = []
+        for phase in itertools.product(*map(range, self.phases)):
+            taps = (range(a, k, s) for a, k, s in zip(phase, self.taps, self.strides, strict=True))
+            pairs = (enumerate(t) for t in taps)
+            shifts = []
+            for along in itertools.product(*pairs):
+                offset = tuple(last - 1 - m for last, (m, _) in zip(self.steps, along, strict=True))
+                shifts.append((offset, weight[tuple(tap for _, tap in along)]))
+            of_phase.append(_shifted(padded, shifts, sizes, [1] * self.rank))
+        stacked = jnp.stack(of_phase, axis=-2)
+        return stacked.reshape(*stacked.shape[:-2], *self.phases, self.features)
+
+    def _interleaved(self, spread: jax.Array) -> jax.Array:
+        """From ``[samples, q, φ, features]`` to ``[samples, s q + φ, features]``."""
+        rank = self.rank
+        samples, *places = spread.shape[: rank + 1]
+        unreached = [(0, s - n) for n, s in zip(self.phases, self.strides, strict=True)]
+        spread = jnp.pad(spread, [*[(0, 0)] * (rank + 1), *unreached, (0, 0)])
+        order = [axis for d in range(rank) for axis in (1 + d, 1 + rank + d)]
+        spread = spread.transpose(0, *order, 2 * rank + 1)
+        return spread.reshape(samples, *(q * s for q, s in zip(places, self.strides, strict=True)), self.features)
+
+
+def _last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
+    """Samples first, features last; ``spec`` is where they are."""
+    samples, features, *places = spec
+    return x.transpose(samples, *places, features)
+
+
+def _first(x: jax.Array, spec: Sequence[int]) -> jax.Array:
+    """The inverse of `_last`."""
+    samples, features, *places = spec
+    here = {axis: i for i, axis in enumerate((samples, *places, features))}
+    return x.transpose([here[axis] for axis in range(x.ndim)])
+
+
+def _pad(x: jax.Array, around: Sequence[tuple[int, int]]) -> jax.Array:
+    """Zeros around the places; negative numbers cut off."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in around), (0, 0, 0)])
+
+
+def _shifted(
+    x: jax.Array,
+    shifts: Sequence[tuple[tuple[int, ...], jax.Array]],
+    sizes: Sequence[int],
+    strides: Sequence[int],
+) -> jax.Array:
+    """``Σ w x[offset + stride · place]`` over pairs ``(offset, w)``, for ``sizes`` places."""
+    x = lax.optimization_barrier(x)  # XLA would compute all that comes before once for every shift
+    terms = []
+    for offset, weight in shifts:
+        end = [a + (n - 1) * s + 1 for a, n, s in zip(offset, sizes, strides, strict=True)]
+        part = lax.slice(x, (0, *offset, 0), (x.shape[0], *end, x.shape[-1]), (1, *strides, 1))
+        terms.append(part * weight)
+    return functools.reduce(operator.add, terms)
