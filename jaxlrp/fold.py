@@ -85,16 +85,17 @@ def fold(
     relevance: Relevances = {}
     unplaced = jnp.zeros(())
     for value, start in zip(program.outputs, seeds, strict=True):
-        if value.carries and value not in known.constant:
+        placed = value.carries and value not in known.constant
+        if placed:
             _add(relevance, value, widen(start))
-        elif start is not None:
-            unplaced += jnp.sum(widen(start))
+        if start is not None:  # a sum in any case, so that branches that place different outputs give the same type
+            unplaced += jnp.sum(jnp.zeros_like(widen(start)) if placed else widen(start))
     steps: list[tuple[Assignment, Step]] = []
     for assignment in reversed(assignments):
         layer = assignment.layer
         if not any(v in relevance for v in layer.outputs):
             continue
-        arrived = tuple(relevance.get(v, _zeros(v)) for v in layer.outputs)
+        arrived = tuple(relevance.get(v, _nothing(env, v)) for v in layer.outputs)
         call = LayerCall(layer, env, known)
         inner = None
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
@@ -155,16 +156,16 @@ def _fold_scan(
     consts, carries, stacked = scan.split(step.inputs)
     values, _, given = scan.split([jnp.asarray(read(env, v), v.dtype) for v in scan.inputs])
     starts = tuple(env[v] for v in scan.starts)
-    outputs = _at_all(arrived, scan.outputs)
+    outputs = _at_all(arrived, scan.outputs, env)
 
     def back(after: Any, now: Any) -> Any:
         (to_carries, to_consts), (start, x, to_outputs) = after, now
         inner = step.evaluate((*values, *start, *x))
         relevance, seen, unplaced = fold(step, inside[0], inner, (*to_carries, *to_outputs), known, watch)
         added = (None if r is None else r + at(relevance, v) for r, v in zip(to_consts, consts, strict=True))
-        return (_at_all(relevance, carries), tuple(added)), (_at_all(relevance, stacked), seen, unplaced)
+        return (_at_all(relevance, carries, inner), tuple(added)), (_at_all(relevance, stacked, inner), seen, unplaced)
 
-    first = (outputs[: scan.carries], _at_all({}, consts))
+    first = (outputs[: scan.carries], _at_all({}, consts, dict(zip(consts, values, strict=True))))
     over = (starts, given, outputs[scan.carries :])
     (to_init, to_consts), (to_stacked, seen, unplaced) = jax.lax.scan(
         back, first, over, length=scan.params["length"], reverse=not scan.params["reverse"]
@@ -184,12 +185,13 @@ def _fold_cond(
     """The branch that was taken is replayed and folded by its own layers; at those of the others nothing arrives."""
     index, *operands = (read(env, v) for v in cond.inputs)
     operands = [jnp.asarray(x, v.dtype) for x, v in zip(operands, cond.inputs[1:], strict=True)]
-    seeds = _at_all(arrived, cond.outputs)
+    seeds = _at_all(arrived, cond.outputs, env)
 
     def folder(branch: Program, assignments: Assignments) -> Callable[..., Any]:
         def back(operands: Any, seeds: Any) -> Any:
-            relevance, seen, unplaced = fold(branch, assignments, branch.evaluate(operands), seeds, known, watch)
-            return _at_all(relevance, branch.inputs), seen, unplaced
+            inner = branch.evaluate(operands)
+            relevance, seen, unplaced = fold(branch, assignments, inner, seeds, known, watch)
+            return _at_all(relevance, branch.inputs, inner), seen, unplaced
 
         return back
 
@@ -255,16 +257,17 @@ def _constant_in_cond(cond: Cond, inside: Sequence[Assignments], constant: set[V
 
 def at(relevance: Mapping[Value, jax.Array], value: Value) -> jax.Array:
     """Relevance of a value: zero where none arrived."""
-    return relevance.get(value, _zeros(value))
+    return relevance.get(value, jnp.zeros(value.shape, wide_dtype(value.dtype)))
 
 
-def _at_all(relevance: Mapping[Value, jax.Array], values: Sequence[Value]) -> tuple[jax.Array | None, ...]:
+def _at_all(relevance: Relevances, values: Sequence[Value], env: Mapping[Value, Any]) -> tuple[jax.Array | None, ...]:
     """Relevance of each value that can carry any; None, which takes no memory, in the place of weights and masks."""
-    return tuple(at(relevance, v) if v.carries else None for v in values)
+    return tuple(relevance.get(v, _nothing(env, v)) if v.carries else None for v in values)
 
 
-def _zeros(value: Value) -> jax.Array:
-    return jnp.zeros(value.shape, wide_dtype(value.dtype))
+def _nothing(env: Mapping[Value, Any], value: Value) -> jax.Array:
+    """Zeros made from the value itself: scans and branches ask that they are sharded over devices as it is."""
+    return jnp.zeros_like(read(env, value), wide_dtype(value.dtype))
 
 
 def _add(relevance: Relevances, value: Value, part: jax.Array) -> None:

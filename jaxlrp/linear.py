@@ -122,8 +122,8 @@ class LinearSpec:
         x[feature_in] = w[numbers.rhs_spec[0]] = w[numbers.rhs_spec[1]] = 1
         if params.get("preferred_element_type") is not None:
             params["preferred_element_type"] = np.dtype(wide_dtype(self.output.dtype))
-        ones = jnp.ones(w, wide_dtype(self.output.dtype))
-        apply = lambda x: _compat.bind(core.primitive, params, x, ones)[0]  # noqa: E731
+        dtype = wide_dtype(self.output.dtype)
+        apply = lambda x: _compat.bind(core.primitive, params, x, jnp.ones_like(x, dtype, w))[0]  # noqa: E731
         return OneChannel(apply, tuple(x), numbers.lhs_spec[0], feature_in, feature_out, channels)
 
     def _tail(self, env: Mapping[Value, Any]) -> tuple[Any, Any]:

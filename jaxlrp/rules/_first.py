@@ -53,7 +53,9 @@ class Flat(_WeightsAlone, kw_only=True):
         one = [1 if i == small.batch else n for i, n in enumerate(small.shape)]
         counts = small.channels * small.apply(jnp.ones(one, coming.dtype))  # the same for every sample
         shared = ratio(coming, self._stab(counts, call.linear))
-        (back,) = jax.linear_transpose(small.apply, jax.ShapeDtypeStruct(small.shape, coming.dtype))(shared)
+        # made of the input: a shape alone does not say how an array lies on the devices
+        like = jnp.zeros_like(jnp.sum(call.linear.inputs[0], small.feature_in, keepdims=True), coming.dtype)
+        (back,) = jax.linear_transpose(small.apply, like)(shared)
         return (jnp.broadcast_to(back, call.layer.inputs[0].shape),)
 
     def modify(self, linear: LinearMap) -> LinearMap:
