@@ -7,7 +7,7 @@ import os
 # Set before anything imports jax, which reads them once: tests run on CPU unless told otherwise,
 # and on several virtual devices, so that sharding can be tested on any machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 from collections.abc import Iterator
 from pathlib import Path
