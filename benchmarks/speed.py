@@ -32,7 +32,8 @@ from benchmarks import networks
 from jaxlrp.models import bert, get_model
 from jaxlrp.tables import table
 
-IMAGES = (224, 224, 3)
+
+HEAD = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
 
 
 class Case(NamedTuple):
@@ -53,13 +54,14 @@ class Measured(NamedTuple):
     call: Callable[[], Any]
 
 
-def _vision(module: Any, batch: int, composites: dict[str, Any]) -> Case:
-    x = jax.random.uniform(jax.random.key(1), (batch, *IMAGES))
+def vision(module: Any, batch: int, composites: dict[str, Any], size: int = 224) -> Case:
+    """A network of square images with random weights."""
+    x = jax.random.uniform(jax.random.key(1), (batch, size, size, 3))
     params = jax.jit(module.init)(jax.random.key(0), x[:1])
     return Case(module.apply, params, x, composites)
 
 
-def _convolutional() -> dict[str, Any]:
+def convolutional() -> dict[str, Any]:
     return {
         "Epsilon": jaxlrp.Composite.uniform(jaxlrp.Epsilon()),
         "EpsilonPlus": jaxlrp.EpsilonPlus(),
@@ -69,13 +71,13 @@ def _convolutional() -> dict[str, Any]:
     }
 
 
-def _attention() -> dict[str, Any]:
+def attention() -> dict[str, Any]:
     return {"AttnLRP": jaxlrp.AttnLRP(), "CPLRP": jaxlrp.CPLRP()}
 
 
 def _efficientnet(batch: int) -> Case:
     module, variables = get_model("efficientnet-lite0").load()
-    x = jax.random.uniform(jax.random.key(1), (batch, *IMAGES), minval=-1.0)
+    x = jax.random.uniform(jax.random.key(1), (batch, 224, 224, 3), minval=-1.0)
     return Case(module.apply, variables, x, {"EpsilonPlusFlat": jaxlrp.EpsilonPlusFlat()})
 
 
@@ -85,14 +87,14 @@ def _bert(batch: int) -> Case:
     ids = jnp.ones((1, 128), jnp.int32)
     params = jax.jit(module.init)(jax.random.key(0), ids)
     x = jax.random.normal(jax.random.key(1), (batch, 128, 768))
-    return Case(lambda p, x: module.apply(p, x, method="encode"), params, x, _attention())
+    return Case(lambda p, x: module.apply(p, x, method="encode"), params, x, attention())
 
 
 NETWORKS: dict[str, Callable[[], Case]] = {
-    "VGG16, batch 4": lambda: _vision(networks.VGG16(), 4, _convolutional()),
-    "ResNet50, batch 8": lambda: _vision(networks.ResNet50(), 8, _convolutional()),
+    "VGG16, batch 4": lambda: vision(networks.VGG16(), 4, convolutional()),
+    "ResNet50, batch 8": lambda: vision(networks.ResNet50(), 8, convolutional()),
     "EfficientNet-Lite0, batch 8": lambda: _efficientnet(8),
-    "ViT-B/16, batch 4": lambda: _vision(networks.ViT(), 4, _attention()),
+    "ViT-B/16, batch 4": lambda: vision(networks.ViT(), 4, attention()),
     "BERT, 12 layers, batch 4": lambda: _bert(4),
 }
 
@@ -156,8 +158,7 @@ def main() -> None:
     rows = []
     for name, make in chosen.items():
         rows += [[name, *row] for row in measure(make(), arguments.rounds)]
-    head = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
-    print(table(head, rows, right=range(2, len(head))))
+    print(table(HEAD, rows, right=range(2, len(HEAD))))
     print(f"\n{platform.processor() or platform.machine()}, {jax.device_count()} device, jax {jax.__version__}")
 
 
