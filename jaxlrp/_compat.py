@@ -41,6 +41,7 @@ _INLINED = {
     primitive("call_p"): "call_jaxpr",
     primitive("remat_p"): "jaxpr",
 }
+REMAT = primitives("remat")
 SCATTER_ADD = primitives("scatter_add")
 SCAN = primitives("scan")
 COND = primitives("cond")

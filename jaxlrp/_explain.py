@@ -227,7 +227,7 @@ def _run(
     batch: int,
     progress: _Progress,
 ) -> tuple[Ledger, Seconds]:
-    setup = Setup(module, composite, None, False, False)
+    setup = Setup(module, composite, None)
 
     def one(variables: Any, x: jax.Array) -> Any:
         """Forward pass, fold and ledger of one photo; vmapped, so that every photo has a ledger of its own."""

@@ -204,7 +204,7 @@ def _run(
     def logits_of(words: jax.Array, positions: jax.Array, types: jax.Array, variables: Any, mask: jax.Array) -> Any:
         return model.module.apply(with_embeddings(variables, positions, types), words, mask, method="encode")
 
-    setup = Setup(logits_of, PRESETS[arguments.composite](), (0, 1, 2), False, False)
+    setup = Setup(logits_of, PRESETS[arguments.composite](), (0, 1, 2))
 
     def one(variables: Any, ids: jax.Array, mask: jax.Array) -> Any:
         """Forward pass, fold and ledger of one text; vmapped, so that every text has a ledger of its own."""

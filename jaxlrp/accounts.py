@@ -143,6 +143,7 @@ def ledger(
     target: Any = None,
     has_aux: bool = False,
     check: bool = False,
+    remat: bool = False,
 ) -> Callable[..., Ledger]:
     """As `lrp`, but the returned function gives a `Ledger`: where the relevance of each layer went.
 
@@ -156,7 +157,7 @@ def ledger(
         output to input                            8  3.969  49.6 %  3.969     0.06202        0
     """
     default = target
-    setup = Setup(model, composite, argnums, has_aux, check)
+    setup = Setup(model, composite, argnums, has_aux, check, remat)
 
     def account(*args: Any, target: Any = None, **kwargs: Any) -> Ledger:
         forward = setup.forward(args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 from .composites import Assignment, Assignments
 from .errors import RuleError
 from .graph import Cond, Env, Program, Scan, Value, read, wide_dtype, widen
+from .remat import Blocks
 from .rules import Constant, Known, LayerByLayer, LayerCall
+from .rules._base import when
 
 Relevances = dict[Value, jax.Array]
 Seen = dict[str, Any]  # what a `Watch` saw, by layer name
@@ -64,10 +67,11 @@ def replay(program: Program, assignments: Assignments, args: Sequence[Any], know
 def fold(
     program: Program,
     assignments: Assignments,
-    env: Env,
+    env: Mapping[Value, Any],
     seeds: Sequence[Any],
     known: Known,
     watch: Watch | None = None,
+    blocks: Blocks | None = None,
 ) -> Folded:
     """Relevance of every value that relevance reaches, given that of the program's outputs.
 
@@ -80,6 +84,7 @@ def fold(
         seeds: relevance of the outputs, one array for each of ``program.outputs``.
         known: what rules may rely on.
         watch: sees every layer that relevance came through.
+        blocks: what is to be run again when relevance comes to it.
 
     """
     relevance: Relevances = {}
@@ -91,11 +96,19 @@ def fold(
         if start is not None:  # a sum in any case, so that branches that place different outputs give the same type
             unplaced += jnp.sum(jnp.zeros_like(widen(start)) if placed else widen(start))
     steps: list[tuple[Assignment, Step]] = []
+    kept, inside = env, None
     for assignment in reversed(assignments):
         layer = assignment.layer
         if not any(v in relevance for v in layer.outputs):
             continue
         arrived = tuple(relevance.get(v, _nothing(env, v)) for v in layer.outputs)
+        block = (blocks or {}).get(layer.equations[-1])
+        if block is not inside:
+            inside, env = block, kept
+            if block is not None:
+                first, given = when(arrived[0], [kept[v] for v in block.inputs])
+                arrived = (first, *arrived[1:])
+                env = ChainMap(replay(block, assignments, given, known), kept)  # type: ignore[arg-type]
         call = LayerCall(layer, env, known)
         inner = None
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
@@ -124,7 +137,7 @@ def fold(
 
 
 def _fold_inside(
-    assignment: Assignment, env: Env, arrived: tuple[jax.Array, ...], known: Known, watch: Watch | None
+    assignment: Assignment, env: Mapping[Value, Any], arrived: tuple[jax.Array, ...], known: Known, watch: Watch | None
 ) -> tuple[tuple[jax.Array, ...], Folded]:
     layer = assignment.layer
     (equation,) = layer.equations
@@ -143,7 +156,7 @@ def _fold_inside(
 def _fold_scan(
     scan: Scan,
     inside: Sequence[Assignments],
-    env: Env,
+    env: Mapping[Value, Any],
     arrived: Relevances,
     known: Known,
     watch: Watch | None,
@@ -177,7 +190,7 @@ def _fold_scan(
 def _fold_cond(
     cond: Cond,
     inside: Sequence[Assignments],
-    env: Env,
+    env: Mapping[Value, Any],
     arrived: Relevances,
     known: Known,
     watch: Watch | None,

@@ -59,6 +59,7 @@ class Equation:
     source: str
     custom: tuple[str, Any] | None = None  # name and rule of a function marked with custom_layer
     body: Program | None = None  # what a call that was kept whole computes
+    block: object | None = None  # the jax.checkpoint around it
 
     @property
     def name(self) -> str:
@@ -279,6 +280,7 @@ class _Place:
     scope: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
     source: str = "an unknown line"
+    block: object | None = None  # the outermost jax.checkpoint
 
     def enter(self, eqn: Any) -> _Place:
         # Name stacks inside of a call are relative to it.
@@ -287,7 +289,8 @@ class _Place:
         # They are worth more than the call's own line only if they lie inside of the called function.
         inside = not self.calls or any(function.split(".")[-1] == self.calls[-1] for _, function in frames)
         source = f"{frames[0][0]} ({frames[0][1]})" if frames and inside else self.source
-        return _Place(self.scope + _compat.scope(eqn), self.calls, source)
+        block = object() if self.block is None and eqn.primitive in _compat.REMAT else self.block
+        return _Place(self.scope + _compat.scope(eqn), self.calls, source, block)
 
     def named(self, call: str | None) -> _Place:
         return dataclasses.replace(self, calls=(*self.calls, call)) if call else self
@@ -342,9 +345,8 @@ def _inline(
         if inner is not None:
             inside: list[Equation] = []
             body = Program(inside, operands, _inline(*inner, operands, here, inside))
-        into.append(
-            Equation(eqn.primitive, eqn.params, operands, outputs, here.scope, here.calls, here.source, marked, body)
-        )
+        what = (eqn.primitive, eqn.params, operands, outputs)
+        into.append(Equation(*what, here.scope, here.calls, here.source, marked, body, here.block))
     return tuple(lookup(a) for a in jaxpr.outvars)
 
 
@@ -373,6 +375,7 @@ def _scan(eqn: Any, operands: tuple[Value, ...], place: _Place) -> Scan:
     starts = tuple(Value(length + v.shape, v.dtype, depends=v.depends) for v in inputs[consts:stacked])
     return Scan(
         *(eqn.primitive, eqn.params, operands, outputs, place.scope, place.calls, place.source),
+        block=place.block,
         step=step,
         consts=consts,
         carries=carries,
@@ -406,7 +409,8 @@ def _cond(eqn: Any, operands: tuple[Value, ...], place: _Place) -> Cond:
     made = zip(*(branch.outputs for branch in branches), strict=True)
     outputs = tuple(_outcome(v.aval, d, o) for v, d, o in zip(eqn.outvars, flags, made, strict=True))
     place_of = (place.scope, place.calls, place.source)
-    return Cond(eqn.primitive, eqn.params, operands, outputs, *place_of, branches=tuple(branches))
+    what = (eqn.primitive, eqn.params, operands, outputs)
+    return Cond(*what, *place_of, block=place.block, branches=tuple(branches))
 
 
 def _literal(atom: Any) -> Value:

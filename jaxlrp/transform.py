@@ -20,6 +20,7 @@ from .fold import Folded, Relevances, Step, Watch, at, constant_values, fold, re
 from .graph import Env, Program, Value, read, trace_program
 from .lattice import find_layers
 from .layers import Layer, every_layer
+from .remat import Blocks, find_blocks, own_blocks
 from .rules import Known, Rule
 from .signs import nonnegative_values
 from .support import positive_values
@@ -37,6 +38,7 @@ def lrp(
     target: Any = None,
     has_aux: bool = False,
     check: bool = False,
+    remat: bool = False,
 ) -> Explain:
     """Turn a model into a function that explains it by Layer-wise Relevance Propagation (Bach et al., 2015).
 
@@ -52,6 +54,9 @@ def lrp(
         target: the default target, see ``explain``.
         has_aux: the model returns ``(output, aux)``, and ``explain`` returns ``(relevance, aux)``.
         check: refuse NaN and infinity in arguments and parameters (needs concrete arrays, so call outside ``jit``).
+        remat: run the model in blocks once more on the way back instead of keeping all its values: a fraction of the
+            memory for one more forward pass. Where to cut is found from the trace. Blocks that the model itself wraps
+            in `jax.checkpoint` are respected always.
 
     Returns:
         ``explain(*args, target=None, **kwargs)``: relevance with the shape (and tree structure) of the explained
@@ -79,7 +84,7 @@ def lrp(
         >>> explain(params, x, target=jnp.array([0, 2])).shape
         (2, 5)
     """
-    run = value_and_lrp(model, composite, argnums=argnums, target=target, has_aux=has_aux, check=check)
+    run = value_and_lrp(model, composite, argnums=argnums, target=target, has_aux=has_aux, check=check, remat=remat)
 
     def explain(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         output, relevance = run(*args, target=target, **kwargs)
@@ -96,6 +101,7 @@ def value_and_lrp(
     target: Any = None,
     has_aux: bool = False,
     check: bool = False,
+    remat: bool = False,
 ) -> Explain:
     """As `lrp`, but ``explain`` returns ``(output, relevance)``, or ``((output, aux), relevance)`` with ``has_aux``.
 
@@ -106,7 +112,7 @@ def value_and_lrp(
         Array([5.], dtype=float32)
     """
     default = target
-    setup = Setup(model, composite, argnums, has_aux, check)
+    setup = Setup(model, composite, argnums, has_aux, check, remat)
 
     def explain(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         forward = setup.forward(args, kwargs)
@@ -124,6 +130,7 @@ def lrp_vjp(
     argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
     check: bool = False,
+    remat: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """Run the model once; return its output and the linear map from the output's relevance to the input's.
@@ -135,6 +142,7 @@ def lrp_vjp(
         argnums: as for `lrp`.
         has_aux: as for `lrp`; returns ``(output, pull, aux)``.
         check: as for `lrp`.
+        remat: as for `lrp`.
         **kwargs: keyword arguments of the model.
 
     Returns:
@@ -148,7 +156,7 @@ def lrp_vjp(
         Array([[1., 0.],
                [0., 1.]], dtype=float32)
     """
-    forward = Setup(model, composite, argnums, has_aux, check).forward(args, kwargs)
+    forward = Setup(model, composite, argnums, has_aux, check, remat).forward(args, kwargs)
 
     def pull(relevance: Any) -> Any:
         start = seed(lambda _: relevance, forward.output)
@@ -166,6 +174,7 @@ def layerwise_lrp(
     target: Any = None,
     has_aux: bool = False,
     check: bool = False,
+    remat: bool = False,
 ) -> Explain:
     """As `lrp`, but ``explain`` returns ``(relevance, {layer name: relevance at that layer's input})``.
 
@@ -180,13 +189,14 @@ def layerwise_lrp(
         target: as for `lrp`.
         has_aux: as for `lrp`; returns ``(relevance, captured, aux)``.
         check: as for `lrp`.
+        remat: as for `lrp`.
 
     Raises:
         UnknownLayerError: a glob that matches no layer.
     """
     default = target
     patterns = [capture] if isinstance(capture, str) else list(capture)
-    setup = Setup(model, composite, argnums, has_aux, check)
+    setup = Setup(model, composite, argnums, has_aux, check, remat)
 
     def explain(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         forward = setup.forward(args, kwargs)
@@ -254,7 +264,7 @@ def trace(model: Any, *args: Any, argnums: int | Sequence[int] | None = None, **
         >>> [(layer.kind, layer.op) for layer in layers]
         [('linear', 'dense'), ('activation', 'tanh')]
     """
-    return Setup(model, None, argnums, False, False).traced(args, kwargs).layers
+    return Setup(model, None, argnums).traced(args, kwargs).layers
 
 
 # -- what all of them share -------------------------------------------------------------------------------------------
@@ -289,10 +299,12 @@ class Forward:
     env: Env
     output: Any
     aux: Any
+    blocks: Blocks
 
     def fold(self, start: Any, watch: Watch | None = None) -> Folded:
         """Relevance of every value, from that of the output (a tree like the output)."""
-        return fold(self.traced.main, self.assignments, self.env, jax.tree.leaves(start), self.known, watch)
+        seeds = jax.tree.leaves(start)
+        return fold(self.traced.main, self.assignments, self.env, seeds, self.known, watch, self.blocks)
 
     def gather(self, relevance: Relevances) -> Any:
         """Relevance in the shape of the explained arguments."""
@@ -313,8 +325,9 @@ class Setup:
     model: Any
     composite: Composite | Rule | None
     argnums: int | Sequence[int] | None
-    has_aux: bool
-    check: bool
+    has_aux: bool = False
+    check: bool = False
+    remat: bool = False
 
     def __post_init__(self) -> None:
         self.adapted: Adapted = as_function(self.model)
@@ -382,7 +395,8 @@ class Setup:
         live = traced.trees["live"]
         output = jax.tree.unflatten(traced.trees["output"], values[:live])
         aux = jax.tree.unflatten(traced.trees["aux"], values[live:])
-        return Forward(traced, assignments, known, env, output, aux)
+        blocks = find_blocks(traced.main, traced.layers) if self.remat else own_blocks(traced.main)
+        return Forward(traced, assignments, known, env, output, aux, blocks)
 
 
 def _positions(argnums: Sequence[Any], count: int) -> tuple[int, ...]:
