@@ -32,7 +32,6 @@ from benchmarks import networks
 from jaxlrp.models import bert, get_model
 from jaxlrp.tables import table
 
-
 HEAD = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
 
 

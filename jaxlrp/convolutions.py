@@ -10,7 +10,7 @@ is one ordinary convolution without zeros, whose output features are the phases 
 not larger than the stride (patches, strided 1 × 1) there is one ``m``: a matrix product.
 
 **Depthwise.** Each feature has a kernel of its own, so nothing is contracted and the sum over ``m`` is one of shifted
-elementwise products. XLA's convolutions on a CPU take 20 to 100 times as long as that.
+elementwise products. XLA's convolutions on a CPU take many times as long as that.
 
 `benchmarks/convolutions.py` measures both.
 """
