@@ -69,6 +69,7 @@ from .rules import WSquare as WSquare
 from .rules import ZBox as ZBox
 from .rules import Zero as Zero
 from .rules import ZPlus as ZPlus
+from .streaming import stream as stream
 from .transform import Layers as Layers
 from .transform import layerwise_lrp as layerwise_lrp
 from .transform import lrp as lrp

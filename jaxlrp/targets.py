@@ -22,38 +22,41 @@ from .errors import InputError
 Target = Callable[[Any], Any]
 
 
-class _Target(struct.PyTreeNode):
+class ClassTarget(struct.PyTreeNode):
+    """A target made of class indices, each one integer or one per sample."""
+
     def __call__(self, output: jax.Array) -> jax.Array:
+        """Relevance of the output."""
         raise NotImplementedError
 
 
-class _Logit(_Target):
+class _Logit(ClassTarget):
     index: Any
 
     def __call__(self, output: jax.Array) -> jax.Array:
         return output * _mask(output, self.index)
 
 
-class _Softmax(_Target):
+class _Softmax(ClassTarget):
     index: Any
 
     def __call__(self, output: jax.Array) -> jax.Array:
         return jax.nn.softmax(output, axis=-1) * _mask(output, self.index)
 
 
-class _Predicted(_Target):
+class _Predicted(ClassTarget):
     def __call__(self, output: jax.Array) -> jax.Array:
         return output * _mask(output, jnp.argmax(output, axis=-1))
 
 
-class _OneHot(_Target):
+class _OneHot(ClassTarget):
     index: Any
 
     def __call__(self, output: jax.Array) -> jax.Array:
         return _mask(output, self.index)
 
 
-class _Difference(_Target):
+class _Difference(ClassTarget):
     plus: Any
     minus: Any
 
@@ -61,7 +64,7 @@ class _Difference(_Target):
         return output * (_mask(output, self.plus) - _mask(output, self.minus))
 
 
-class _Contrastive(_Target):
+class _Contrastive(ClassTarget):
     index: Any
 
     def __call__(self, output: jax.Array) -> jax.Array:
@@ -69,7 +72,7 @@ class _Contrastive(_Target):
         return mask - (1.0 - mask) / (output.shape[-1] - 1)
 
 
-class _LogOdds(_Target):
+class _LogOdds(ClassTarget):
     index: Any
 
     def __call__(self, output: jax.Array) -> jax.Array:
@@ -172,7 +175,7 @@ def _single(output: Any) -> jax.Array:
 
 
 def _check_seed(relevance: Any, output: Any) -> None:
-    if isinstance(relevance, _Target):
+    if isinstance(relevance, ClassTarget):
         raise InputError("targets take their classes first: targets.logit(k), not targets.logit")
     got, want = jax.tree.map(jnp.shape, relevance), jax.tree.map(jnp.shape, output)
     if got != want:
