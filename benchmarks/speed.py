@@ -16,7 +16,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +108,19 @@ def compiled(function: Callable[..., Any], *args: Any) -> Measured:
     return Measured(seconds, memory, operations["convolution"] + operations["dot"], lambda: program(*args))
 
 
+def interleaved(programs: Mapping[str, Measured], rounds: int) -> dict[str, float]:
+    """Median seconds of every program, run in turn so that all see the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for round_ in range(rounds + 1):  # the first warms up
+        for name, program in programs.items():
+            start = time.perf_counter()
+            result = jax.block_until_ready(program.call())
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result)), name
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
 def measure(case: Case, rounds: int) -> list[list[str]]:
     """Rows of the table for one network: the gradient first."""
 
@@ -118,18 +131,11 @@ def measure(case: Case, rounds: int) -> list[list[str]]:
     for name, composite in case.composites.items():
         explain = jaxlrp.lrp(case.run, composite, argnums=1, target=1)
         programs[name] = compiled(explain, case.params, case.x)
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for round_ in range(rounds + 1):  # the first warms up
-        for name, program in programs.items():
-            start = time.perf_counter()
-            result = jax.block_until_ready(program.call())
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-            assert np.isfinite(result).all(), name
-    base, own = statistics.median(seconds["gradient"]), programs["gradient"]
+    seconds = interleaved(programs, rounds)
+    base, own = seconds["gradient"], programs["gradient"]
     rows = []
     for name, program in programs.items():
-        time_ = statistics.median(seconds[name])
+        time_ = seconds[name]
         rows.append(
             [
                 name,

@@ -52,13 +52,10 @@ def case() -> tuple[Any, jax.Array]:
 
 
 def agree(explain: Callable[..., Any], size: int, *args: Any, **kwargs: Any) -> None:
-    """Streamed and at once, jitted and not."""
-    streamed = stream(explain, size, argnums=1)
-    want = jax.jit(explain)(*args, **kwargs)
-    for run in (streamed, jax.jit(streamed)):
-        found = run(*args, **kwargs)
-        assert jax.tree.structure(found) == jax.tree.structure(want)
-        chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
+    """Streamed and at once."""
+    found, want = (jax.jit(e)(*args, **kwargs) for e in (stream(explain, size, argnums=1), explain))
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 9, 10, 64])
@@ -83,9 +80,10 @@ def test_any_batch_size_gives_the_same(size: int, case: Any) -> None:
 )
 def test_targets_are_split_if_they_have_a_class_for_every_sample(target: Any, case: Any) -> None:
     run = jaxlrp.lrp(MODEL)
-    explain = lambda params, x: run(params, x, target=target)  # noqa: E731
-    found = jax.jit(lambda params, x: stream(run, SIZE, argnums=1)(params, x, target=target))(*case)
-    chex.assert_trees_all_close(found, explain(*case), rtol=1e-5, atol=1e-6)
+    found, want = (
+        jax.jit(lambda params, x, e=e: e(params, x, target=target))(*case) for e in (stream(run, SIZE, argnums=1), run)
+    )
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
 
 
 def test_other_functions_as_targets_stay_whole(case: Any) -> None:
@@ -97,6 +95,7 @@ def test_other_functions_as_targets_stay_whole(case: Any) -> None:
     chex.assert_trees_all_close(found, explain(x, w, target=weights), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_values_auxiliary_outputs_and_captured_layers(case: Any) -> None:
     agree(jaxlrp.value_and_lrp(MODEL), SIZE, *case, target=LABELS)
     agree(jaxlrp.layerwise_lrp(MODEL), SIZE, *case, target=LABELS)
@@ -136,6 +135,7 @@ def test_every_sample_is_explained_in_a_batch_of_the_size_asked_for() -> None:
     chex.assert_trees_all_close(stream(explain, 4, argnums=0)(x), want)
 
 
+@pytest.mark.heavy
 def test_gradients_and_vmap_pass_through(case: Any) -> None:
     params, x = case
     explain = jaxlrp.lrp(MODEL, jaxlrp.Epsilon(1e-2))

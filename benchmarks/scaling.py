@@ -1,0 +1,273 @@
+"""How the cost of relevance grows: with the batch, depth, width, targets, gammas, captured layers, chunks and devices.
+
+    python benchmarks/scaling.py [--section NAME ...] [--rounds N]
+
+Each section prints one table. Its programs are compiled first and then run in turn, so that all see the same machine;
+times are medians. "of gradient" is the ratio to the jitted input gradient of the same network at the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jaxlrp
+from benchmarks import networks
+from benchmarks.speed import Case, Measured, compiled, interleaved
+from jaxlrp.tables import table
+
+
+class ConvNet(nn.Module):
+    """Eight convolutions in four stages, with BatchNorm: images ``[N, H, W, 3]`` to logits ``[N, 100]``."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for stage in range(4):
+            for _ in range(2):
+                x = nn.Conv(self.width * 2**stage, (3, 3))(x)
+                x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(100)(x.mean((1, 2)))
+
+
+class Unrolled(nn.Module):
+    """`networks.ScannedEncoder` with its layers one after the other."""
+
+    layers: int
+    heads: int
+    inner: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(self.layers):
+            x = networks.Encoder(self.heads, self.inner)(x)
+        return nn.Dense(10)(x.mean(1))
+
+
+def _case(module: nn.Module, *shape: int) -> Case:
+    x = jax.random.uniform(jax.random.key(1), shape)
+    return Case(module.apply, jax.jit(module.init)(jax.random.key(0), x[:1]), x, {})
+
+
+def _gradient(case: Case) -> Measured:
+    return compiled(lambda p, x: jax.grad(lambda x: case.run(p, x)[:, 1].sum())(x), case.params, case.x)
+
+
+def _relevance(case: Case, composite: Any) -> Measured:
+    return compiled(jaxlrp.lrp(case.run, composite, argnums=1, target=1), case.params, case.x)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms" if seconds < 0.1 else f"{1e3 * seconds:.0f} ms"
+
+
+def _mb(program: Measured) -> str:
+    return f"{program.temporary_mb:.1f} MB"
+
+
+def _beside_gradient(sizes: dict[str, Case], composite: Any, rounds: int) -> list[list[str]]:
+    """For every size: time, compile time and memory, each with its ratio to the gradient's."""
+    rows = []
+    pairs = {size: {"gradient": _gradient(c), "lrp": _relevance(c, composite)} for size, c in sizes.items()}
+    programs = {f"{size} {name}": program for size, pair in pairs.items() for name, program in pair.items()}
+    seconds = interleaved(programs, rounds)
+    for size, pair in pairs.items():
+        own, base = pair["lrp"], pair["gradient"]
+        time, of = seconds[f"{size} lrp"], seconds[f"{size} gradient"]
+        rows.append(
+            [
+                size,
+                *(_ms(time), f"{time / of:.2f}x"),
+                *(f"{own.compile_s:.1f} s", f"{own.compile_s / base.compile_s:.1f}x"),
+                *(_mb(own), f"{own.temporary_mb / base.temporary_mb:.2f}x"),
+                *(str(own.products), str(base.products)),
+            ]
+        )
+    return rows
+
+
+_BESIDE = (
+    *("time", "of gradient", "compile", "of gradient's"),
+    *("temporary", "of gradient's", "products", "gradient's"),
+)
+
+
+def _beside_one(programs: dict[str, Measured], rounds: int) -> list[list[str]]:
+    """Every program's time and memory, and the ratio to the first one."""
+    seconds = interleaved(programs, rounds)
+    first = next(iter(programs))
+    return [
+        [
+            name,
+            *(_ms(seconds[name]), f"{seconds[name] / seconds[first]:.2f}x"),
+            *(f"{p.compile_s:.1f} s", f"{p.compile_s / programs[first].compile_s:.2f}x"),
+            *(_mb(p), f"{p.temporary_mb / programs[first].temporary_mb:.2f}x", str(p.products)),
+        ]
+        for name, p in programs.items()
+    ]
+
+
+_OF_FIRST = ("time", "of first", "compile", "of first", "temporary", "of first", "products")
+
+
+class Table(NamedTuple):
+    head: tuple[str, ...]
+    rows: list[list[str]]
+
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+
+def batch(rounds: int) -> Table:
+    """Batches on a convolutional net of 8 layers, 64 x 64 pixels, EpsilonPlusFlat."""
+    sizes = {str(n): _case(ConvNet(), n, 64, 64, 3) for n in (1, 2, 4, 8, 16)}
+    return Table(("batch", *_BESIDE), _beside_gradient(sizes, jaxlrp.EpsilonPlusFlat(), rounds))
+
+
+def depth(rounds: int) -> Table:
+    """Transformer blocks of width 128, 64 tokens, batch 2, AttnLRP: one after the other, and as one scan."""
+    sizes = {}
+    for layers in (4, 12, 24, 48):
+        sizes[f"{layers} unrolled"] = _case(Unrolled(layers, 4, 512), 2, 64, 128)
+        sizes[f"{layers} scanned"] = _case(networks.ScannedEncoder(layers, 4, 512), 2, 64, 128)
+    sizes["48 scanned, remat"] = _case(networks.ScannedEncoder(48, 4, 512, remat=True), 2, 64, 128)
+    return Table(("blocks", *_BESIDE), _beside_gradient(sizes, jaxlrp.AttnLRP(), rounds))
+
+
+def width(rounds: int) -> Table:
+    """Features of the first stage of the same convolutional net, batch 2, EpsilonPlusFlat."""
+    sizes = {str(n): _case(ConvNet(n), 2, 64, 64, 3) for n in (8, 16, 32, 64)}
+    return Table(("width", *_BESIDE), _beside_gradient(sizes, jaxlrp.EpsilonPlusFlat(), rounds))
+
+
+def targets(rounds: int) -> Table:
+    """Classes of one image by `lrp_vjp` and `vmap`, EpsilonPlusFlat, beside one class by `lrp`."""
+    rows = []
+    for name, module in (("VGG16", networks.VGG16()), ("ResNet50", networks.ResNet50())):
+        case = _case(module, 1, 224, 224, 3)
+        programs = {"one": _relevance(case, jaxlrp.EpsilonPlusFlat())}
+        for count in (2, 5, 10):
+
+            def many(params: Any, x: jax.Array, run: Any = case.run, count: int = count) -> jax.Array:
+                rules = jaxlrp.EpsilonPlusFlat()
+                output, pull = jaxlrp.lrp_vjp(run, params, x, composite=rules, argnums=1)
+                return jax.vmap(pull)(jnp.eye(count, 1000)[:, None] * output)
+
+            programs[str(count)] = compiled(many, case.params, case.x)
+        rows += [[name, *row] for row in _beside_one(programs, rounds)]
+    return Table(("network", "targets", *_OF_FIRST), rows)
+
+
+def gammas(rounds: int) -> Table:
+    """Gammas of EpsilonGammaBox by `vmap` on VGG16, one image, beside one call with one gamma."""
+    case = _case(networks.VGG16(), 1, 224, 224, 3)
+
+    def sweep(params: Any, x: jax.Array, gammas: jax.Array) -> jax.Array:
+        def of(gamma: jax.Array) -> jax.Array:
+            rules = jaxlrp.EpsilonGammaBox(0.0, 1.0, gamma=gamma)
+            return jaxlrp.lrp(case.run, rules, argnums=1, target=1)(params, x)
+
+        return jax.vmap(of)(gammas)
+
+    programs = {"one": _relevance(case, jaxlrp.EpsilonGammaBox(0.0, 1.0))}
+    for count in (1, 2, 4, 8):
+        programs[str(count)] = compiled(sweep, case.params, case.x, jnp.linspace(0.1, 1.0, count))
+    return Table(("gammas", *_OF_FIRST), _beside_one(programs, rounds))
+
+
+def capture(rounds: int) -> Table:
+    """Relevance at all layers (`layerwise_lrp`) beside that of the input alone."""
+    cases = {
+        "VGG16, batch 2": (_case(networks.VGG16(), 2, 224, 224, 3), jaxlrp.EpsilonPlusFlat()),
+        "ResNet50, batch 2": (_case(networks.ResNet50(), 2, 224, 224, 3), jaxlrp.EpsilonPlusFlat()),
+        "12 blocks, batch 2": (_case(Unrolled(12, 4, 512), 2, 64, 128), jaxlrp.AttnLRP()),
+        "12 blocks scanned, batch 2": (_case(networks.ScannedEncoder(12, 4, 512), 2, 64, 128), jaxlrp.AttnLRP()),
+    }
+    rows = []
+    for name, (case, composite) in cases.items():
+        inside = jaxlrp.layerwise_lrp(case.run, composite, argnums=1, target=1)
+        programs = {"input": _relevance(case, composite), "all layers": compiled(inside, case.params, case.x)}
+        rows += [[name, *row] for row in _beside_one(programs, 2 * rounds)]
+    return Table(("network", "relevance of", *_OF_FIRST), rows)
+
+
+def stream(rounds: int) -> Table:
+    """A batch of 32 on the convolutional net, at once and in chunks by `jaxlrp.stream`."""
+    case = _case(ConvNet(), 32, 64, 64, 3)
+    explain = jaxlrp.lrp(case.run, jaxlrp.EpsilonPlusFlat(), argnums=1, target=1)
+    programs = {"at once": compiled(explain, case.params, case.x)}
+    for size in (16, 12, 4):  # 12 is no divisor of 32
+        programs[str(size)] = compiled(jaxlrp.stream(explain, size, argnums=1), case.params, case.x)
+    return Table(("chunks of", *_OF_FIRST), _beside_one(programs, rounds))
+
+
+def devices(rounds: int) -> Table:
+    """A batch of 16 over virtual devices of one CPU: that results agree, not that it gets faster."""
+    rows = []
+    for count in (1, 2, 4, 8):
+        call = [sys.executable, __file__, "--on-devices", str(count), "--rounds", str(rounds)]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+        rows.append([str(count), *done.stdout.strip().split("|")])
+    return Table(("devices", "time", "samples on each", "collectives", "difference to one device"), rows)
+
+
+def _on_devices(count: int, rounds: int) -> str:
+    """One row of `devices`, in a process that has so many."""
+    case = _case(ConvNet(), 16, 64, 64, 3)
+    explain = jaxlrp.lrp(case.run, jaxlrp.EpsilonPlusFlat(), argnums=1, target=1)
+    mesh = jax.make_mesh((count,), ("batch",))
+    spread = jax.device_put(case.x, jax.NamedSharding(mesh, jax.P("batch")))
+    params = jax.device_put(case.params, jax.NamedSharding(mesh, jax.P()))
+    program = jax.jit(explain).lower(params, spread).compile()
+    measured = Measured(0.0, 0.0, 0, lambda: program(params, spread))
+    result, alone = measured.call(), jax.jit(explain)(case.params, case.x)
+    text = program.as_text()
+    collectives = sum(
+        text.count(f" {name}(") for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+    )
+    seconds = interleaved({"": measured}, rounds)[""]
+    local = result.addressable_shards[0].data.shape[0]
+    difference = jnp.abs(jax.device_get(result) - alone).max() / jnp.abs(alone).max()
+    return f"{_ms(seconds)}|{local}|{collectives}|{difference:.0e}"
+
+
+SECTIONS: dict[str, Callable[[int], Table]] = {
+    section.__name__: section for section in (batch, depth, width, targets, gammas, capture, stream, devices)
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--on-devices", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.on_devices:
+        print(_on_devices(arguments.on_devices, arguments.rounds))
+        return
+    for name in arguments.section:
+        found = SECTIONS[name](arguments.rounds)
+        print(f"{name}: {SECTIONS[name].__doc__}\n")
+        print(table(found.head, found.rows, right=range(len(found.head))), end="\n\n", flush=True)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")
+
+
+if __name__ == "__main__":
+    main()
