@@ -191,7 +191,7 @@ def gammas(rounds: int) -> Table:
 
 
 def capture(rounds: int) -> Table:
-    """Relevance at all layers (`layerwise_lrp`) beside that of the input alone."""
+    """Relevance at all layers (`layerwise_lrp`; results are no temporaries) beside that of the input alone."""
     cases = {
         "VGG16, batch 2": (_case(networks.VGG16(), 2, 224, 224, 3), jaxlrp.EpsilonPlusFlat()),
         "ResNet50, batch 2": (_case(networks.ResNet50(), 2, 224, 224, 3), jaxlrp.EpsilonPlusFlat()),
