@@ -7,7 +7,8 @@ taps of the kernel: taps reach only places of their own phase ``φ``, so that
     x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]
 
 is one ordinary convolution without zeros, whose output features are the phases of all input features. Where kernels are
-not larger than the stride (patches, strided 1 × 1) there is one ``m``: a matrix product.
+not larger than the stride (patches, strided 1 × 1) there is one ``m``: a matrix product. Where the stride is 1 there is
+one phase, and the kernel merely runs backwards; written out so, it keeps XLA's fast kernels inside of loops too.
 
 **Depthwise.** Each feature has a kernel of its own, so nothing is contracted and the sum over ``m`` is one of shifted
 elementwise products. XLA's convolutions on a CPU take many times as long as that.
@@ -56,8 +57,9 @@ class Convolution:
         groups = params["feature_group_count"]
         single = groups == self.features == kernel[numbers.rhs_spec[0]]
         self.depthwise = plain and single and math.prod(self.taps) <= _MOST
-        few = self.features <= _FEW and max(self.strides, default=1) > 1
-        self.phased = self.depthwise or (plain and groups == 1 and (few or max(self.steps, default=1) == 1))
+        self.dense = max(self.strides, default=1) == 1
+        small = self.features <= _FEW or max(self.steps, default=1) == 1
+        self.phased = self.depthwise or (plain and groups == 1 and (small or self.dense))
 
     @property
     def rank(self) -> int:
@@ -84,11 +86,16 @@ class Convolution:
             spread = lax.dot_general(coming, weight, last, **self.how)
         else:
             around, ones = [(m - 1, m - 1) for m in self.steps], [1] * self.rank
+            if self.dense:  # one phase: what would be cut off is not computed
+                sizes = zip(self.padding, self.places, coming.shape[1:-1], self.steps, strict=True)
+                around = [(m - 1 - low, n + low - size) for (low, _), n, size, m in sizes]
             kernel = self._by_phases(weight)
             spread = lax.conv_general_dilated(
                 coming, kernel, ones, around, dimension_numbers=self._layout(), **self.how
             )
             spread = spread.reshape(*spread.shape[:-1], *self.phases, self.features)
+            if self.dense:
+                return _first(spread.reshape(spread.shape[0], *self.places, self.features), self.numbers.lhs_spec)
         whole = self._interleaved(spread)
         padding = zip(self.padding, self.places, whole.shape[1:-1], strict=True)
         crop = [(-low, n + low - size) for (low, _), n, size in padding]

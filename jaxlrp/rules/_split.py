@@ -113,7 +113,7 @@ class SplitRule(Rule, kw_only=True):
         linear = self._modified(linear)
         if self.bias == "redistribute":
             return self._redistributed(linear, arrived)
-        parts = [_pull(linear, flow.p, flow.n, flow.coefficient) for flow in self._flows(linear, arrived)]
+        parts = [self._hand(linear, flow) for flow in self._flows(linear, arrived)]
         return tuple(functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True))
 
     def _again(self, call: LayerCall) -> bool:
@@ -165,6 +165,9 @@ class SplitRule(Rule, kw_only=True):
                 sums = linear.output
             coefficient = ratio(share, self._stab(sums, linear))
             yield _Flow(share, p, n, coefficient, sums, bias)
+
+    def _hand(self, linear: LinearMap, flow: _Flow) -> Arrays:
+        return _pull(linear, flow.p, flow.n, flow.coefficient)
 
     def _stab(self, z: jax.Array, linear: LinearMap) -> jax.Array:
         return stabilise(z, self.epsilon, clip=self.clip, norm_scale=self.norm_scale, features=linear.features)
@@ -399,14 +402,23 @@ class Gamma(SplitRule, kw_only=True):
         return shares[:1] if linear.positive and type(self).shares is Gamma.shares else shares
 
     def _flows(self, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
-        """One run of the layer for both shares: where ``z < 0``, ``N = z - P`` cancels nothing."""
+        """One run of the layer for all shares, ``P``: where ``z < 0``, ``N = z - P`` cancels nothing."""
         plain = linear.exact and self.bias == "absorb" and not self.norm_scale and not callable(self.epsilon)
-        if not plain or linear.positive or type(self).shares is not Gamma.shares:
+        if not plain or type(self).shares is not Gamma.shares:
             yield from super()._flows(linear, relevance)
             return
         z, bias = linear.output, jnp.zeros(()) if linear.bias is None else linear.bias
         positive = _sums(linear, 1.0, 0.0) + jnp.maximum(bias, 0.0)
         sums = (z + self.gamma * positive, jnp.where(z < 0, z + self.gamma * (z - positive), 0.0))
-        for (share, p, n), denominator in zip(self.shares(relevance, z), sums, strict=True):
+        for (share, p, n), denominator in zip(self._shares(relevance, linear), sums, strict=False):
             coefficient = ratio(share, self._stab(denominator, linear))
             yield _Flow(share, p, n, coefficient, denominator, jnp.broadcast_to(_mix(p, bias, n), z.shape))
+
+    def _hand(self, linear: LinearMap, flow: _Flow) -> Arrays:
+        if _static(self.gamma) or type(self).shares is not Gamma.shares:
+            return super()._hand(linear, flow)
+        # A gamma that is traced may be one of many under vmap: the weights must not be multiplied by it, or every gamma
+        # has a convolution with weights of its own.
+        signs = (1.0, 0.0) if _is_one(flow.n) else (0.0, 1.0)
+        both, more = (_pull(linear, *pn, flow.coefficient) for pn in ((1.0, 1.0), signs))
+        return tuple(a + self.gamma * b for a, b in zip(both, more, strict=True))
