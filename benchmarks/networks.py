@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         norm = lambda: nn.BatchNorm(use_running_average=True)  # noqa: E731
         y = nn.relu(norm()(nn.Conv(self.width, (1, 1), use_bias=False)(x)))
-        y = nn.relu(norm()(nn.Conv(self.width, (3, 3), self.stride, use_bias=False)(y)))
+        y = nn.relu(norm()(nn.Conv(self.width, (3, 3), self.stride, padding=1, use_bias=False)(y)))
         y = norm()(nn.Conv(4 * self.width, (1, 1), use_bias=False)(y))
         if x.shape != y.shape:
             x = norm()(nn.Conv(4 * self.width, (1, 1), self.stride, use_bias=False)(x))
@@ -42,7 +42,7 @@ class ResNet50(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(64, (7, 7), 2, use_bias=False)(x)
+        x = nn.Conv(64, (7, 7), 2, padding=3, use_bias=False)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate((3, 4, 6, 3)):

@@ -1,0 +1,264 @@
+"""Jaxlrp beside other LRP libraries, on the same weights: first whether relevance agrees, then time.
+
+    python benchmarks/peers.py [--peer-python PATH] [--network NAME ...] [--peer NAME ...] [--composite NAME ...]
+        [--rounds N]
+
+Every row runs four programs in turn, so that all see the same machine: jax's own input gradient, jaxlrp, torch's own
+input gradient, the peer. Only one computes at a time and has all cores. Printed are medians of time, in float32, and
+the largest difference of relevance as a share of the largest relevance. Where it is 1e-4 or more, the comparison is
+made again in float64, and both are printed: relevance jumps where rounding takes a relu across 0 or makes a max pool
+pick another of two nearly equal values. Where float64 differs too nothing is timed, and the exit status is 1.
+
+The peers are torch libraries. They run in a Python of their own if need be (peers_torch.py, started with
+--peer-python), where
+
+    pip install torch==2.13.0 torchvision==0.28.0 captum==0.9.0 lxt==2.1 transformers==4.57.3
+    pip install --no-deps --ignore-requires-python zennit==1.0.0
+
+installs all of them; a peer that is missing is left out, with the reason below the table. LXT 2.1 does not import with
+transformers 5, which took away a module that it needs.
+
+Tried, and not here: autoLRP 0.2.0 leaves to a bias b the share |b| / (|z| + |b|), with z computed without it, a rule
+that jaxlrp does not have; iNNvestigate 2.1.2 installs with TensorFlow 2.14, but would need a third interpreter and a
+twin in Keras, and was not run; HiLRP 0.2.0 asks for Python 3.11.11, newer than the 3.11.7 that this was made with;
+lrp-pf-auc 0.1.6 has zennit's core inside, and was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jaxlrp
+from benchmarks import networks, peers_weights
+from benchmarks.peers_process import Peer, PeerError
+from benchmarks.speed import compiled
+from jaxlrp.models.llama import Llama, LlamaConfig
+from jaxlrp.tables import table
+
+TOLERANCE = 1e-4  # of the largest relevance
+TARGET = 1
+
+
+class Case(NamedTuple):
+    """A network as a function of ``(params, x)``, its twin's name, sizes and weights, and what is compared."""
+
+    run: Callable[..., jax.Array]
+    params: Any
+    x: jax.Array
+    twin: str
+    sizes: dict[str, Any]
+    tensors: peers_weights.Tensors
+    composites: dict[tuple[str, str], jaxlrp.Composite]  # by peer and method
+
+
+def _images(module: Any, batch: int, twin: str, composites: dict[tuple[str, str], Any], gain: float = 2**0.5) -> Case:
+    x = jax.random.uniform(jax.random.key(1), (batch, 224, 224, 3))
+    params = peers_weights.randomised(jax.jit(module.init)(jax.random.key(0), x[:1]), gain)
+    sizes = {}
+    if twin == "vit":
+        sizes = {"num_layers": module.layers, "num_heads": module.heads, "hidden_dim": module.width}
+    return Case(module.apply, params, x, twin, sizes, getattr(peers_weights, twin)(params), composites)
+
+
+def _llama(batch: int, tokens: int) -> Case:
+    config = LlamaConfig(8000, 512, 8, 8, 4, 1408)
+    module = Llama(config)
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, tokens), jnp.int32))
+    params = peers_weights.randomised(params, 1.0)
+    x = jax.random.normal(jax.random.key(1), (batch, tokens, config.hidden_size))
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+    }
+
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        return module.apply(params, x, method="encode")[:, -1]
+
+    composites = {("lxt", "AttnLRP"): jaxlrp.AttnLRP(0.0), ("lxt", "CPLRP"): jaxlrp.CPLRP(0.0)}
+    return Case(run, params, x, "llama", sizes, peers_weights.llama(params), composites)
+
+
+ZENNIT = {
+    ("zennit", "EpsilonPlusFlat"): jaxlrp.EpsilonPlusFlat(),
+    ("zennit", "EpsilonGammaBox"): jaxlrp.EpsilonGammaBox(0.0, 1.0),
+    ("zennit", "EpsilonAlpha2Beta1"): jaxlrp.EpsilonAlpha2Beta1(),
+}
+# captum's stabiliser is 1e-9; its gamma leaves the bias as it is, which agrees with nobody's, so it is left out there
+CAPTUM = {
+    ("captum", "Epsilon"): jaxlrp.Composite.uniform(jaxlrp.Epsilon(1e-9)),
+    ("captum", "Gamma"): jaxlrp.Composite(
+        (jaxlrp.kind("linear"), jaxlrp.Epsilon(1e-9)),
+        (jaxlrp.kind("conv"), jaxlrp.Gamma(0.25, epsilon=1e-9, bias="ignore")),
+    ),
+}
+
+NETWORKS: dict[str, Callable[[], Case]] = {
+    "VGG16, batch 4": lambda: _images(networks.VGG16(), 4, "vgg16", ZENNIT | CAPTUM),
+    "ResNet50, batch 8": lambda: _images(networks.ResNet50(), 8, "resnet50", ZENNIT),
+    # LXT patches torchvision's transformer for CP-LRP alone
+    "ViT-B/16, batch 4": lambda: _images(networks.ViT(), 4, "vit", {("lxt", "CPLRP"): jaxlrp.CPLRP(0.0)}, 1.0),
+    "Llama, 8 layers, 2 x 128 tokens": lambda: _llama(2, 128),
+}
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def difference(ours: Any, theirs: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def in_double(function: Callable[..., Any], *args: Any) -> np.ndarray:
+    """What a function computes in float64."""
+    with jax.enable_x64(True):
+        return np.asarray(jax.jit(function)(*jax.tree.map(lambda a: np.asarray(a, np.float64), args)))
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one run."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def medians(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Of every program's seconds, all of them run in turn; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for round_ in range(rounds + 1):
+        for name, run in programs.items():
+            found = run()
+            if round_:
+                seconds[name].append(found)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class Row(NamedTuple):
+    """What was found: the cells of the table, and everything said below it."""
+
+    cells: list[str]
+    agrees: bool
+    versions: dict[str, str]
+
+
+def measure(name: str, case: Case, wanted: set[str], python: str, rounds: int) -> Iterator[Row | str]:
+    """The rows of one network, or for a peer that does not run the reason."""
+
+    def gradient(params: Any, x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: case.run(params, x)[:, TARGET].sum())(x)
+
+    x = case.x.transpose(0, 3, 1, 2) if case.x.ndim == 4 else case.x
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        np.savez(folder / "weights.npz", input=np.asarray(x), **case.tensors)
+        case.tensors.clear()
+        own = compiled(gradient, case.params, case.x)
+        start = functools.partial(Peer, python, case.twin, case.sizes, folder)
+        with start("output") as twin:
+            # not the gradient, which jumps where a relu is near 0
+            if not (off := difference(jax.jit(case.run)(case.params, case.x), twin.array())) < TOLERANCE:
+                raise PeerError(f"{name}: its twin is another network, their outputs are {off:.0e} off")
+        with start("gradient") as torch_own:
+            for (library, method), composite in case.composites.items():
+                if wanted and not wanted & {library, method}:
+                    continue
+                explain = jaxlrp.lrp(case.run, composite, argnums=1, target=TARGET)
+                ours = compiled(explain, case.params, case.x)
+                try:
+                    with start(library, method) as peer:
+                        off = difference(ours.call(), peer.array())
+                        cells = [name, library, method, f"{off:.0e}", "-"]
+                        if not off < TOLERANCE:
+                            with start(library, method, double=True) as precise:
+                                off = difference(in_double(explain, case.params, case.x), precise.array())
+                            cells[-1] = f"{off:.0e}"
+                        if not off < TOLERANCE or not rounds:
+                            yield Row([*cells, *["-"] * 8], off < TOLERANCE, peer.versions)
+                            continue
+                        programs = {
+                            "gradient": functools.partial(timed, own.call),
+                            "jaxlrp": functools.partial(timed, ours.call),
+                            "torch": torch_own.seconds,
+                            "peer": peer.seconds,
+                        }
+                        t = medians(programs, rounds)
+                        times = [f"{1e3 * t['gradient']:.0f} ms", f"{1e3 * t['jaxlrp']:.0f} ms"]
+                        times += [f"{t['jaxlrp'] / t['gradient']:.2f}x", f"{1e3 * t['torch']:.0f} ms"]
+                        times += [f"{1e3 * t['peer']:.0f} ms", f"{t['peer'] / t['torch']:.2f}x"]
+                        times += [f"{t['peer'] / t['jaxlrp']:.2f}x", peer.layout]
+                        yield Row([*cells, *times], True, peer.versions)
+                except PeerError as error:
+                    yield f"{name}: {library} {method} is left out: {error}"
+
+
+HEAD = ["network", "peer", "composite", "difference", "in float64"]
+HEAD += [
+    "jax gradient",
+    "jaxlrp",
+    "of gradient",
+    "torch gradient",
+    "peer",
+    "of gradient",
+    "peer/jaxlrp",
+    "peer's layout",
+]
+
+
+def machine() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores"
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", default=sys.executable, help="the Python that the peers are installed in")
+    parser.add_argument("--network", nargs="*", default=[], help=f"any of: {'; '.join(NETWORKS)}")
+    parser.add_argument("--peer", nargs="*", default=[], help="zennit, captum, lxt; all if none is named")
+    parser.add_argument("--composite", nargs="*", default=[], help="EpsilonPlusFlat, ...; all if none is named")
+    parser.add_argument("--rounds", type=int, default=7, help="0 compares relevance and times nothing")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    notes: list[str] = []
+    for name, make in NETWORKS.items():
+        if arguments.network and not name.startswith(tuple(arguments.network)):
+            continue
+        for found in measure(
+            name, make(), set(arguments.peer + arguments.composite), arguments.peer_python, arguments.rounds
+        ):
+            if isinstance(found, Row):
+                rows.append(found)
+            else:
+                notes.append(found)
+    print(table(HEAD, [row.cells for row in rows], right=range(3, len(HEAD) - 1)) + "\n")
+    versions = {"jax": jax.__version__} | {name: v for row in rows for name, v in row.versions.items()}
+    print(f"{machine()}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    print("\n".join(notes), end="\n" if notes else "")
+    return int(not all(row.agrees for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
