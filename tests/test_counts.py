@@ -105,3 +105,17 @@ def test_attnlrp_costs_what_the_gradient_costs(composite):
     found = products(relevance(model, composite), params, x)
     assert found == products(gradient, x, params)
     assert products(relevance(model, jaxlrp.CPLRP()), params, x) < found  # nothing passes to queries and keys
+
+
+def test_a_sweep_of_gammas_shares_all_weights():
+    model = ReluNet()
+    params, x = prepared(model, (2, 16, 16, 3))
+
+    def explain(gamma):
+        return jaxlrp.lrp(model, jaxlrp.Composite.uniform(jaxlrp.Gamma(gamma)))(params, x)
+
+    sweep = jax.jit(jax.vmap(explain)).lower(jnp.array([0.1, 0.25, 1.0])).compile()
+    assert "feature_group_count" not in sweep.as_text()  # a convolution per gamma
+    one = jax.jit(lambda: explain(0.25))()  # a number known to the compiler goes into the weights
+    atol = 1e-6 * float(jnp.abs(one).max())
+    assert jnp.allclose(sweep(jnp.array([0.1, 0.25, 1.0]))[1], one, rtol=1e-4, atol=10 * atol)
