@@ -179,14 +179,14 @@ def measure(name: str, case: Case, wanted: set[str], python: str, rounds: int) -
             # not the gradient, which jumps where a relu is near 0
             if not (off := difference(jax.jit(case.run)(case.params, case.x), twin.array())) < TOLERANCE:
                 raise PeerError(f"{name}: its twin is another network, their outputs are {off:.0e} off")
-        with start("gradient") as torch_own:
+        with start("gradient", timed=bool(rounds)) as torch_own:
             for (library, method), composite in case.composites.items():
                 if wanted and not wanted & {library, method}:
                     continue
                 explain = jaxlrp.lrp(case.run, composite, argnums=1, target=TARGET)
                 ours = compiled(explain, case.params, case.x)
                 try:
-                    with start(library, method) as peer:
+                    with start(library, method, timed=bool(rounds)) as peer:
                         off = difference(ours.call(), peer.array())
                         cells = [name, library, method, f"{off:.0e}", "-"]
                         if not off < TOLERANCE:

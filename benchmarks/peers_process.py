@@ -28,13 +28,14 @@ class Peer:
         folder: Path,
         name: str,
         method: str = "",
+        timed: bool = False,
         double: bool = False,
     ):
         script = Path(__file__).with_name("peers_torch.py")
         options = {"network": twin, "weights": folder / "weights.npz", "sizes": json.dumps(sizes)}
         options |= {"peer": name, "method": method, "threads": THREADS}
         command = [python, str(script), *(f"--{key}={value}" for key, value in options.items())]
-        command += ["--double"] * double
+        command += ["--timed"] * timed + ["--double"] * double
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.result = folder / f"{name}_{method}.npy"
         about = self._answer()

@@ -1,6 +1,6 @@
 """The other side of peers.py: one network and one method of one torch library, driven by JSON lines.
 
-peers.py starts this with the Python where torch is installed. It answers a first line about itself when it is warm,
+peers.py starts this with the Python where torch is installed. It answers a first line about itself when it is ready,
 then one line to every command: ``{"do": "run"}`` with the seconds of one explanation, ``{"do": "save", "path": ...}``
 after it has written the relevance as .npy. It ends when its input does.
 
@@ -173,15 +173,14 @@ def seconds(explain: Explain) -> float:
 def prepare(arguments: argparse.Namespace) -> tuple[Explain, str]:
     """The method, warm, in the faster memory layout."""
     formats = {"contiguous": torch.contiguous_format}
-    timed = arguments.peer != "output" and not arguments.double
-    if arguments.network in ("vgg16", "resnet50") and timed:
+    if arguments.network in ("vgg16", "resnet50") and arguments.timed:
         formats["channels last"] = torch.channels_last
     best: tuple[float, Explain, str] | None = None
     for name, memory_format in formats.items():
         module, x = load(arguments)
         module, x = module.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
         explain = METHODS[arguments.peer](module, x, arguments.network, arguments.method)
-        if timed:
+        if arguments.timed:
             seconds(explain)  # warm
         found = (seconds(explain) if len(formats) > 1 else 0.0, explain, name)
         best = found if best is None or found[0] < best[0] else best
@@ -197,6 +196,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="{}", help="JSON, for networks that come in sizes")
     parser.add_argument("--peer", required=True, choices=METHODS)
     parser.add_argument("--method", default="")
+    parser.add_argument("--timed", action="store_true", help="warm up, and choose the faster memory layout")
     parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()

@@ -37,7 +37,8 @@ def test_all_of_a_vision_transformer_is_moved():
 def test_llama_comes_back():
     config = LlamaConfig(11, 8, 2, 2, 1, 12)
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda a: rng.normal(size=a.shape), zeros(Llama(config), jnp.zeros((1, 3), jnp.int32)))
+    blank = zeros(Llama(config), jnp.zeros((1, 3), jnp.int32))
+    variables = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), blank)
     again = params_from_hf(peers_weights.llama(variables), config)
     jax.tree.map(np.testing.assert_array_equal, again, dict(variables))
 
