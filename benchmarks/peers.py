@@ -6,9 +6,9 @@
 Every row runs four programs in turn, so that all see the same machine: jax's own input gradient, jaxlrp, torch's own
 input gradient, the peer. Only one computes at a time and has all cores. Printed are medians of time, in float32, and
 the largest difference of relevance as a share of the largest relevance. Where it is 1e-4 or more, the comparison is
-made again in float64, and both are printed. Such a row does not agree in float32; a likely reason is that relevance jumps
-where rounding takes a relu across 0 or makes a max pool pick another of two nearly equal values. Where float64 differs
-too nothing is timed, and the exit status is 1.
+made again in float64, and both are printed. Such a row does not agree in float32; a likely reason is that relevance
+jumps where rounding takes a relu across 0 or makes a max pool pick another of two nearly equal values. Where float64
+differs too nothing is timed, and the exit status is 1.
 
 The peers are torch libraries. They run in a Python of their own if need be (peers_torch.py, started with
 --peer-python), where

@@ -362,9 +362,8 @@ class Core(NamedTuple):
     weights: Arrays
     apply: Callable[[Arrays, Arrays], jax.Array]
     constant: jax.Array | None = None
-    transpose: Callable[[Arrays, jax.Array], Arrays] | None = (
-        None  # (w, s) -> fᵀ, where there is a better one than jax's
-    )
+    # (w, s) -> fᵀ, where jax's own is not the best
+    transpose: Callable[[Arrays, jax.Array], Arrays] | None = None
 
 
 def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:

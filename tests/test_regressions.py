@@ -171,3 +171,11 @@ def test_the_kernel_of_a_convolution_may_be_explained(x64: None) -> None:
 def test_a_scaled_sum_with_kept_axes(x64: None, x: np.ndarray) -> None:
     relevance = jaxlrp.lrp(lambda x: x.sum(-1, keepdims=True) * jnp.full((3, 1), 0.5), Epsilon(1e-12))(x)
     np.testing.assert_allclose(relevance, 0.5 * x, rtol=1e-4)
+
+
+def test_nan_in_one_sample_stays_there_wherever_the_axis_of_samples_is():
+    layer = lambda x, w: jnp.einsum("fb,fo->ob", x, w)  # noqa: E731
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (4, 3))).at[0, 0].set(jnp.nan)
+    relevance = jaxlrp.lrp(layer, jaxlrp.ZPlus())(x, jnp.ones((4, 2)))
+    assert jnp.isfinite(relevance[:, 1:]).all()
+    assert jnp.isnan(relevance[:, 0]).any()

@@ -125,7 +125,8 @@ def when(relevance: jax.Array, values: Any) -> tuple[jax.Array, Any]:
     # One place of each sample stands for all, so that what makes the rest is still fused with what reads it. XLA drops
     # a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
     sign = lax.slice(relevance, [0] * relevance.ndim, [*relevance.shape[:1], *(min(n, 1) for n in relevance.shape[1:])])
-    values, sign = lax.optimization_barrier((values, lax.stop_gradient(sign)))
+    # Without NaN, which would reach all that this place stands for.
+    values, sign = lax.optimization_barrier((values, lax.stop_gradient(jnp.nan_to_num(sign))))
     return relevance + jnp.minimum(jnp.abs(sign), 0.0), values
 
 
