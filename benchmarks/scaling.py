@@ -1,4 +1,5 @@
-"""How the cost of relevance grows: with the batch, depth, width, targets, gammas, captured layers, chunks and devices.
+"""How the cost of relevance grows: with the batch, depth, blocks run again, width, targets, gammas, captured layers,
+chunks and devices.
 
     python benchmarks/scaling.py [--section NAME ...] [--rounds N]
 
@@ -149,6 +150,18 @@ def depth(rounds: int) -> Table:
     return Table(("blocks", *_BESIDE), _beside_gradient(sizes, jaxlrp.AttnLRP(), rounds))
 
 
+def remat(rounds: int) -> Table:
+    """24 transformer blocks that share no weights, width 256, 128 tokens, batch 4, AttnLRP: what running them again costs."""
+    case = _case(Unrolled(24, 4, 1024), 4, 128, 256)
+    again = jaxlrp.lrp(case.run, jaxlrp.AttnLRP(), argnums=1, target=1, remat=True)
+    programs = {
+        "gradient": _gradient(case),
+        "lrp": _relevance(case, jaxlrp.AttnLRP()),
+        "lrp, remat": compiled(again, case.params, case.x),
+    }
+    return Table(("program", *_OF_FIRST), _beside_one(programs, rounds))
+
+
 def width(rounds: int) -> Table:
     """Features of the first stage of the same convolutional net, batch 2, EpsilonPlusFlat."""
     sizes = {str(n): _case(ConvNet(n), 2, 64, 64, 3) for n in (8, 16, 32, 64)}
@@ -248,7 +261,7 @@ def _on_devices(count: int, rounds: int) -> str:
 
 
 SECTIONS: dict[str, Callable[[int], Table]] = {
-    section.__name__: section for section in (batch, depth, width, targets, gammas, capture, stream, devices)
+    section.__name__: section for section in (batch, depth, remat, width, targets, gammas, capture, stream, devices)
 }
 
 
