@@ -151,7 +151,7 @@ def depth(rounds: int) -> Table:
 
 
 def remat(rounds: int) -> Table:
-    """24 transformer blocks that share no weights, width 256, 128 tokens, batch 4, AttnLRP: what running them again costs."""
+    """24 transformer blocks of width 256, 128 tokens, batch 4, AttnLRP, run again on the way back."""
     case = _case(Unrolled(24, 4, 1024), 4, 128, 256)
     again = jaxlrp.lrp(case.run, jaxlrp.AttnLRP(), argnums=1, target=1, remat=True)
     programs = {
