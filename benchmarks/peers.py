@@ -94,7 +94,7 @@ def _llama(batch: int, tokens: int) -> Case:
     }
 
     def run(params: Any, x: jax.Array) -> jax.Array:
-        return module.apply(params, x, method="encode")[:, -1]
+        return module.apply(params, x, logits_to_keep=1, method="encode")[:, -1]
 
     composites = {("lxt", "AttnLRP"): jaxlrp.AttnLRP(0.0), ("lxt", "CPLRP"): jaxlrp.CPLRP(0.0)}
     return Case(run, params, x, "llama", sizes, peers_weights.llama(params), composites)

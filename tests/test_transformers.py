@@ -135,6 +135,23 @@ def test_grouped_heads_are_full_attention_with_repeated_ones() -> None:
 
 
 @pytest.mark.parametrize("family", CAUSAL)
+def test_logits_of_the_last_token_alone_have_the_same_relevance(family: str) -> None:
+    module, variables = model(family)
+    ids = some_ids(2, TOKENS)
+
+    def last(variables: Any, embeddings: Any, keep: int | None) -> Any:
+        return module.apply(variables, embeddings, logits_to_keep=keep, method="encode")[:, -1]
+
+    embeddings = module.apply(variables, ids, method="embed")
+    assert module.apply(variables, ids, logits_to_keep=1).shape == (2, 1, VOCAB)
+    one, every = (
+        jaxlrp.lrp(functools.partial(last, keep=keep), jaxlrp.AttnLRP(), argnums=1, target=1)(variables, embeddings)
+        for keep in (1, None)
+    )
+    assert close(one, every)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
 def test_a_tied_head_reads_the_embeddings(family: str) -> None:
     sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": 2, "num_heads": 4, "intermediate_size": INNER}
     more = {"num_kv_heads": 2} if family == "llama" else {"max_positions": 16}

@@ -141,13 +141,21 @@ class GPT2(nn.Module):
         if not c.tied:
             self.head = nn.Dense(c.vocab_size, use_bias=False)
 
-    def __call__(self, ids: jax.Array, mask: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        ids: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        logits_to_keep: int | None = None,
+    ) -> jax.Array:
         """Return the logits of the next token at every token.
 
         Args:
             ids: token ids ``[..., tokens]``.
             mask: ``[..., tokens]``, 0 or False at padding; None where there is none.
             positions: ``[..., tokens]``, which place in the text each token has; None counts from 0.
+            logits_to_keep: of how many tokens, from the last on, logits are made; None is all. To explain what comes
+                next, 1 spares the head's product with all others, forwards and backwards.
 
         Returns:
             ``[..., tokens, vocab_size]``.
@@ -155,14 +163,18 @@ class GPT2(nn.Module):
         Raises:
             ValueError: the text is longer than the model's positions.
         """
-        return self.encode(self.embed(ids), mask, positions)
+        return self.encode(self.embed(ids), mask, positions, logits_to_keep)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Look the token embeddings ``[..., tokens, hidden]`` up, all that `encode` needs to know of the ids."""
         return self.token_embeddings(ids)
 
     def encode(
-        self, embeddings: jax.Array, mask: jax.Array | None = None, positions: jax.Array | None = None
+        self,
+        embeddings: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        logits_to_keep: int | None = None,
     ) -> jax.Array:
         """Map token embeddings ``[..., tokens, hidden]`` to logits; see `__call__`."""
         tokens = embeddings.shape[-2]
@@ -173,6 +185,8 @@ class GPT2(nn.Module):
         x = embeddings + self.position_embeddings(positions)
         for layer in self.layers:
             x = layer(x, mask)
+        if logits_to_keep is not None:
+            x = x[..., -logits_to_keep:, :]
         x = self.norm(x)
         return self.token_embeddings.attend(x) if self.config.tied else self.head(x)
 

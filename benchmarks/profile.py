@@ -1,0 +1,146 @@
+"""Where the time of relevance goes: how much is convolutions and matrix products, which no rearranging makes fewer.
+
+    python benchmarks/profile.py [--network NAME ...] [--composite NAME ...] [--rounds N] [--top N]
+
+For every network of speed.py, the gradient and every composite run under jax's profiler, in turn. Printed are the
+milliseconds of one run by kind of operation, and what the products alone are of the gradient's whole time: the ratio
+that would be left if all else cost nothing. Operations may run at the same time, so their sum can pass the whole.
+With --top, the slowest operations that are no products are listed as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import glob
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jaxlrp
+from benchmarks.speed import NETWORKS, Case
+from jaxlrp.tables import table
+
+PRODUCTS = {"convolution", "dot"}
+POOLS = {"reduce-window", "select-and-scatter"}
+MOVES = {"copy", "transpose", "concatenate", "slice", "pad", "reshape", "bitcast", "broadcast", "reverse", "parameter"}
+KINDS = ("products", "pools", "moves", "other")
+
+
+class Program(NamedTuple):
+    """A compiled program, and of which kind each of its operations is."""
+
+    call: Callable[[], Any]
+    kinds: Mapping[str, str]
+    names: Mapping[str, str]  # what an operation came from
+
+
+def kinds_of(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Of every instruction of an optimised module: its kind, and the jax operation that it came from."""
+    inside: dict[str, set[str]] = collections.defaultdict(set)
+    found: list[tuple[str, str, list[str], str]] = []
+    body = ""
+    for line in text.splitlines():
+        if opens := re.match(r"(?:ENTRY )?%([\w.-]+) .*\{$", line):
+            body = opens.group(1)
+        elif step := re.match(r"\s+(?:ROOT )?%([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\(", line):
+            name, op = step.groups()
+            called = re.findall(r"(?:calls|to_apply)=%([\w.-]+)", line)
+            source = re.search(r'op_name="([^"]*)"', line)
+            inside[body].add(op)
+            found.append((name, op, called, source.group(1) if source else ""))
+    kinds = {}
+    for name, op, called, _ in found:
+        ops = {op}.union(*(inside[c] for c in called)) - {"fusion", "call", "constant"}
+        kinds[name] = "products" if ops & PRODUCTS else "pools" if ops & POOLS else "moves" if ops <= MOVES else "other"
+    return kinds, {name: source for name, _, _, source in found}
+
+
+def compiled(function: Callable[..., Any], case: Case) -> Program:
+    """Compile for a case's arguments."""
+    program = jax.jit(function).lower(case.params, case.x).compile()
+    return Program(lambda: program(case.params, case.x), *kinds_of(program.as_text()))
+
+
+def operations(program: Program) -> dict[str, float]:
+    """Seconds of every operation in one run, under the profiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(program.call())
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        seconds: dict[str, float] = collections.defaultdict(float)
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if event.name in program.kinds:
+                        seconds[event.name] += event.duration_ns * 1e-9
+    return seconds
+
+
+def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows of the table, and rows on the slowest operations."""
+
+    def gradient(params: Any, x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: case.run(params, x)[:, 1].sum())(x)
+
+    programs = {"gradient": compiled(gradient, case)}
+    for method, composite in case.composites.items():
+        if not wanted or method in wanted:
+            programs[method] = compiled(jaxlrp.lrp(case.run, composite, argnums=1, target=1), case)
+    whole: dict[str, list[float]] = collections.defaultdict(list)
+    parts: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
+    for round_ in range(rounds + 1):  # the first warms up
+        for method, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program.call())
+            if round_:
+                whole[method].append(time.perf_counter() - start)
+                parts[method].append(operations(program))
+    base = statistics.median(whole["gradient"])
+    rows, slowest = [], []
+    for method, program in programs.items():
+        each = {op: statistics.median([p.get(op, 0.0) for p in parts[method]]) for op in program.kinds}
+        by_kind = {kind: sum(each[op] for op in each if program.kinds[op] == kind) for kind in KINDS}
+        time_ = statistics.median(whole[method])
+        cells = [name, method, f"{1e3 * time_:.0f} ms", f"{time_ / base:.2f}x"]
+        cells += [f"{1e3 * by_kind[kind]:.0f} ms" for kind in KINDS]
+        rows.append([*cells, f"{by_kind['products'] / base:.2f}x"])
+        ordered = sorted((op for op in each if program.kinds[op] != "products"), key=each.__getitem__, reverse=True)
+        slowest += [[name, method, f"{1e3 * each[op]:.1f} ms", op, program.names[op]] for op in ordered[:top]]
+    return rows, slowest
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", nargs="*", default=[], help=f"any of: {'; '.join(NETWORKS)}")
+    parser.add_argument(
+        "--composite", nargs="*", default=[], help="Epsilon, EpsilonPlusFlat, ...; all if none is named"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--top", type=int, default=0)
+    arguments = parser.parse_args()
+    rows, slowest = [], []
+    for name, make in NETWORKS.items():
+        if not arguments.network or name.startswith(tuple(arguments.network)):
+            found = measure(name, make(), arguments.composite, arguments.rounds, arguments.top)
+            rows += found[0]
+            slowest += found[1]
+    head = ("network", "", "time", "of gradient", *KINDS, "products alone")
+    print(table(head, rows, right=range(2, len(head))))
+    if slowest:
+        print("\n" + table(("network", "", "time", "operation", "came from"), slowest, right=[2]))
+
+
+if __name__ == "__main__":
+    main()
