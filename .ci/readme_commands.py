@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("readme", type=Path)
     parser.add_argument("--list", action="store_true", help="show the blocks, run nothing")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for each block")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for each block")
     options = parser.parse_args()
 
     found = list(blocks(options.readme.read_text(encoding="utf-8")))
