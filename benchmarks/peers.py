@@ -6,9 +6,10 @@
 Every row runs four programs in turn, so that all see the same machine: jax's own input gradient, jaxlrp, torch's own
 input gradient, the peer. Only one computes at a time and has all cores. Printed are medians of time, in float32, and
 the largest difference of relevance as a share of the largest relevance. Where it is 1e-4 or more, the comparison is
-made again in float64, and both are printed. Such a row does not agree in float32; a likely reason is that relevance
-jumps where rounding takes a relu across 0 or makes a max pool pick another of two nearly equal values. Where float64
-differs too nothing is timed, and the exit status is 1.
+made again in float64, and both are printed, together with how far float32 is from float64 in each library alone: two
+results that are each so far from the exact one cannot be nearer to one another than by chance. A likely reason is that
+relevance jumps where rounding takes a relu across 0 or makes a max pool pick another of two nearly equal values. Where
+float64 differs too nothing is timed, and the exit status is 1.
 
 The peers are torch libraries. They run in a Python of their own if need be (peers_torch.py, started with
 --peer-python), where
@@ -188,12 +189,15 @@ def measure(name: str, case: Case, wanted: set[str], python: str, rounds: int) -
                 ours = compiled(explain, case.params, case.x)
                 try:
                     with start(library, method, timed=bool(rounds)) as peer:
-                        off = difference(ours.call(), peer.array())
-                        cells = [name, library, method, f"{off:.0e}", "-"]
+                        single = np.asarray(ours.call()), peer.array()
+                        off = difference(*single)
+                        cells = [name, library, method, f"{off:.0e}", "-", "-", "-"]
                         if not off < TOLERANCE:
                             with start(library, method, double=True) as precise:
-                                off = difference(in_double(explain, case.params, case.x), precise.array())
-                            cells[-1] = f"{off:.0e}"
+                                double = in_double(explain, case.params, case.x), precise.array()
+                            off = difference(*double)
+                            rounding = [difference(*pair) for pair in zip(single, double, strict=True)]
+                            cells[4:] = [f"{value:.0e}" for value in (off, *rounding)]
                         if not off < TOLERANCE or not rounds:
                             yield Row([*cells, *["-"] * 8], off < TOLERANCE, peer.versions)
                             continue
@@ -213,7 +217,7 @@ def measure(name: str, case: Case, wanted: set[str], python: str, rounds: int) -
                     yield f"{name}: {library} {method} is left out: {error}"
 
 
-HEAD = ["network", "peer", "composite", "difference", "in float64"]
+HEAD = ["network", "peer", "composite", "difference", "in float64", "jaxlrp's rounding", "peer's rounding"]
 HEAD += [
     "jax gradient",
     "jaxlrp",
