@@ -1,6 +1,6 @@
 """Where the time of relevance goes: how much is convolutions and matrix products, which no rearranging makes fewer.
 
-    python benchmarks/profile.py [--network NAME ...] [--composite NAME ...] [--rounds N] [--top N]
+    python benchmarks/floor.py [--network NAME ...] [--composite NAME ...] [--rounds N] [--top N]
 
 For every network of speed.py, the gradient and every composite run under jax's profiler, in turn. Printed are the
 milliseconds of one run by kind of operation, and what the products alone are of the gradient's whole time: the ratio
