@@ -8,6 +8,9 @@ import os
 # and on several virtual devices, so that sharding can be tested on any machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Most of a test's time is LLVM's, on programs that run once. The program itself, and so what is
+# counted in it, stays as optimised as a user's.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
