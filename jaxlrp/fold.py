@@ -88,6 +88,7 @@ def fold(
 
     """
     relevance: Relevances = {}
+    per_unit: dict[Value, jax.Array | None] = {}  # relevance over value, where rules know that without dividing
     unplaced = jnp.zeros(())
     for value, start in zip(program.outputs, seeds, strict=True):
         placed = value.carries and value not in known.constant
@@ -102,28 +103,34 @@ def fold(
         if not any(v in relevance for v in layer.outputs):
             continue
         arrived = tuple(relevance.get(v, _nothing(env, v)) for v in layer.outputs)
+        arrived_per = tuple(per_unit.get(v) for v in layer.outputs)
         block = (blocks or {}).get(layer.equations[-1])
         if block is not inside:
             inside, env = block, kept
             if block is not None:
                 first, given = when(arrived[0], [kept[v] for v in block.inputs])
-                arrived = (first, *arrived[1:])
+                arrived, arrived_per = (first, *arrived[1:]), (None,) * len(arrived)  # what `when` looks at is read
                 env = ChainMap(replay(block, assignments, given, known), kept)  # type: ignore[arg-type]
         call = LayerCall(layer, env, known)
-        inner = None
+        inner, handed_per = None, None
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
             handed = ()
         elif isinstance(assignment.rule, LayerByLayer):
             handed, inner = _fold_inside(assignment, env, arrived, known, watch)
         else:
-            handed = assignment.rule.fold(call, *arrived)
+            handed, handed_per = assignment.rule.hand(call, arrived, arrived_per)
         _check(layer.name, str(assignment.rule), layer.inputs, handed)
         lost = []
-        for value, part in zip(layer.inputs, handed, strict=True):
+        for value, part, per in zip(layer.inputs, handed, handed_per or (None,) * len(handed), strict=True):
             if value in known.constant:
                 lost.append(part)
-            else:
-                _add(relevance, value, part)
+                continue
+            before = per_unit.get(value)
+            if value not in relevance:
+                per_unit[value] = per
+            else:  # known as long as it is known of all
+                per_unit[value] = None if before is None or per is None else before + per
+            _add(relevance, value, part)
         steps.append((assignment, Step(arrived, tuple(handed), tuple(lost), call, inner)))
     seen: Seen = {}
     if watch is not None:

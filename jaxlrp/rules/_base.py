@@ -22,6 +22,7 @@ from ..linear import LinearMap
 from ._pool import is_window_pick, to_winners
 
 Arrays = tuple[jax.Array, ...]
+PerUnit = tuple[jax.Array | None, ...]  # R / x of every value, or None where nobody knows it without dividing
 Losses = dict[str, jax.Array]
 
 
@@ -170,6 +171,17 @@ class Rule(struct.PyTreeNode):
         """Relevance at the layer's inputs, one array per input, given that at its outputs, one per output."""
         raise NotImplementedError
 
+    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
+        """What `fold` gives, and relevance per unit of input where the rule knows it without dividing.
+
+        Args:
+            call: the layer.
+            relevance: at its outputs.
+            per_unit: ``R_j / z_j`` of every output, or None where it is not known.
+        """
+        handed = self.fold(call, *relevance)
+        return handed, (None,) * len(handed)
+
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
         return {}
@@ -196,6 +208,60 @@ class Rule(struct.PyTreeNode):
             if not same:
                 shown.append(f"{field.name}={_short(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class TimesInput(Rule):
+    """Base of rules that hand every input its value times a slope.
+
+    ``R_i = x_i g_i`` with ``g_i = Σ_j ∂z_j/∂x_i R_j / stab(z_j)``, where the derivative is the layer's own or that of a
+    simpler one. The layer below, whose output ``x`` is, divides ``R`` by ``x`` again: along a run of such layers the
+    slopes alone are handed down, as in the gradient. That saves the time of a product and a quotient a layer, and the
+    digits that they lose where a value is near 0.
+    """
+
+    def slopes(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> Arrays:
+        """``g``, one array per input; ``per_unit`` is ``R_j / z_j`` of every output where it is known, see `slope`."""
+        raise NotImplementedError
+
+    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """Input times slope."""
+        return times(call.inputs, self.slopes(call, relevance, (None,) * len(relevance)))
+
+    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
+        """Input times slope, and the slope alone."""
+        if not self.proportional:
+            return super().hand(call, relevance, per_unit)
+        slopes = self.slopes(call, relevance, per_unit)
+        return times(call.inputs, slopes), slopes
+
+    @property
+    def proportional(self) -> bool:
+        """As long as a subclass keeps ``fold``."""
+        return type(self).fold is TimesInput.fold
+
+
+def slope(
+    relevance: jax.Array, per_unit: jax.Array | None, z: jax.Array, stabilised: jax.Array, alone: bool = False
+) -> jax.Array:
+    """``R / stab(z)``, without dividing if ``R / z`` is known and nothing stabilises.
+
+    Args:
+        relevance: ``R``.
+        per_unit: ``R / z``, or None.
+        z: denominators before they are stabilised.
+        stabilised: ``stab(z)``, which is ``z`` itself if nothing stabilises.
+        alone: whether every output is one contribution, so that an output of 0 has nothing to hand out.
+    """
+    if per_unit is None:
+        return ratio(relevance, stabilised)
+    if stabilised is not z:
+        return per_unit * ratio(z, stabilised)
+    return per_unit if alone else jnp.where(z == 0, 0.0, per_unit)
+
+
+def times(x: Arrays, y: Arrays) -> Arrays:
+    """Products, one by one."""
+    return tuple(a * b for a, b in zip(x, y, strict=True))
 
 
 def _short(value: Any) -> str:
@@ -243,7 +309,12 @@ def stabilise(
         clip: use ``sign(z) * max(|z|, epsilon)`` instead.
         norm_scale: multiply epsilon by the root mean square of ``z`` over ``features``.
         features: the axes of ``z`` that belong to one sample.
+
+    Returns:
+        The stabilised denominators; ``z`` itself for the number 0.
     """
+    if isinstance(epsilon, (int, float)) and epsilon == 0:
+        return z
     if callable(epsilon):
         epsilon = epsilon(z)
     if norm_scale:

@@ -34,7 +34,20 @@ from flax import struct
 
 from ..errors import RuleError
 from ..linear import LinearMap
-from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, known, ratio, stabilise, total
+from ._base import (
+    Arrays,
+    LayerCall,
+    Losses,
+    PerUnit,
+    Rule,
+    at_least_zero,
+    known,
+    ratio,
+    slope,
+    stabilise,
+    times,
+    total,
+)
 
 Factor = float | jax.Array
 Share = tuple[jax.Array, Factor, Factor]
@@ -214,7 +227,7 @@ def _sums(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
 
 def _pull(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> Arrays:
     """``Σ_j (p c⁺_ij + n c⁻_ij) s_j`` for every input."""
-    parts = [_times(x, linear.transpose(w, s)) for x, w in _parts(linear, p, n)]
+    parts = [times(x, linear.transpose(w, s)) for x, w in _parts(linear, p, n)]
     return tuple(functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True))
 
 
@@ -228,10 +241,6 @@ def _parts(linear: LinearMap, p: Factor, n: Factor) -> list[tuple[Arrays, Arrays
         return [(x, own)]
     up, down = tuple(jnp.maximum(a, 0.0) for a in x), tuple(jnp.minimum(a, 0.0) for a in x)
     return [(up, own), (down, tuple(_mix(n, a, p) for a in w))]
-
-
-def _times(x: Arrays, y: Arrays) -> Arrays:
-    return tuple(a * b for a, b in zip(x, y, strict=True))
 
 
 def _mix(p: Factor, w: jax.Array, n: Factor) -> jax.Array:
@@ -279,8 +288,27 @@ class Zero(SplitRule, kw_only=True):
         """As for every split rule; a Taylor term where the layer is not linear."""
         if call.layer.linear is not None:
             return super().fold(call, *relevance)
-        back = call.vjp(*self._seeds(call, relevance))
-        return tuple(x * g for x, g in zip(_unmasked(call.inputs), back, strict=True))
+        return self._taylor(call, relevance, (None,) * len(relevance))[0]
+
+    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
+        """Input times slope, and the slope alone, see `TimesInput`."""
+        plain = self.proportional and type(self).shares is Zero.shares and self.bias == "absorb"
+        if not plain:
+            return super().hand(call, relevance, per_unit)
+        if call.layer.linear is None:
+            return self._taylor(call, relevance, per_unit)
+        linear = call.linear
+        alone = call.layer.linear.core is None and linear.bias is None
+        s = slope(relevance[0], per_unit[0], linear.output, self._stab(linear.output, linear), alone)
+        slopes = linear.transpose(linear.weights, s)
+        return times(linear.inputs, slopes), slopes
+
+    def _taylor(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, Arrays]:
+        outputs = zip(relevance, per_unit, call.outputs, strict=True)
+        back = call.vjp(*(slope(r, u, z, self._stab_plain(z)) for r, u, z in outputs))
+        # nothing to a mask, and no -inf times 0
+        slopes = tuple(jnp.where(_masked(x), 0.0, g) for x, g in zip(call.inputs, back, strict=True))
+        return times(_unmasked(call.inputs), slopes), slopes
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Named losses of a linear layer; of others, what the Taylor term leaves out."""
@@ -308,7 +336,11 @@ _FILL = 1e8  # masks are filled with -inf, -1e9 or the most negative number; no 
 
 def _unmasked(x: Arrays) -> Arrays:
     """Inputs with 0 where a mask stands, which contributes nothing (to a softmax)."""
-    return tuple(jnp.where(jnp.abs(a) < _FILL, a, 0.0) for a in x)
+    return tuple(jnp.where(_masked(a), 0.0, a) for a in x)
+
+
+def _masked(x: jax.Array) -> jax.Array:
+    return jnp.abs(x) >= _FILL
 
 
 class Epsilon(Zero):

@@ -13,7 +13,20 @@ from flax import struct
 from .. import _compat
 from ..errors import RuleError
 from ..graph import Equation, read, widen
-from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, ratio, stabilise, total, unbroadcast
+from ._base import (
+    Arrays,
+    LayerCall,
+    Losses,
+    PerUnit,
+    Rule,
+    TimesInput,
+    at_least_zero,
+    ratio,
+    slope,
+    stabilise,
+    total,
+    unbroadcast,
+)
 
 
 class Pass(Rule):
@@ -60,6 +73,13 @@ class Route(Rule):
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """``J^T R``, where every entry of ``J`` is 0 or 1 (or a share of a tie)."""
         return call.vjp(*relevance)
+
+    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
+        """A move takes relevance per unit along, as it takes relevance."""
+        units = [u for u in per_unit if u is not None]
+        if call.layer.kind != "move" or type(self).fold is not Route.fold or len(units) < len(per_unit):
+            return super().hand(call, relevance, per_unit)
+        return self.fold(call, *relevance), self.fold(call, *units)
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What went to constants (padding, the other side of a mask), found by folding to them too."""
@@ -147,7 +167,7 @@ class Residual(Rule, kw_only=True):
         return tuple(jnp.broadcast_to(ratio(s, denominator), shape) for s in sizes)
 
 
-class EqualShare(Rule, kw_only=True):
+class EqualShare(TimesInput, kw_only=True):
     """Equal shares for the factors of a product: ``R_a = a ∂(ab)/∂a R / stab(2 ab)`` (Achtibat et al., 2024).
 
     For ``n`` factors each gets one n-th: half to the gate and half to the gated value, half to the attention
@@ -160,22 +180,19 @@ class EqualShare(Rule, kw_only=True):
     def __post_init__(self) -> None:
         at_least_zero(epsilon=self.epsilon)
 
-    @property
-    def proportional(self) -> bool:
-        """As long as a subclass keeps ``fold``."""
-        return type(self).fold is EqualShare.fold
-
-    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
-        """Input times derivative, divided among the factors."""
+    def slopes(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> Arrays:
+        """The derivative, divided among the factors."""
         if len(relevance) != 1:
             raise RuleError(
                 f"{type(self).__name__}() is for products, not for layer '{call.layer.name}' "
                 f"({call.layer.kind}/{call.layer.op}), which has {len(relevance)} outputs"
             )
-        (out,), (z,) = relevance, call.outputs
         factors = self._factors(call)
-        back = call.vjp(ratio(out, stabilise(sum(factors) * z, self.epsilon)))
-        return tuple(x * g if n else jnp.zeros_like(x) for n, x, g in zip(factors, call.inputs, back, strict=True))
+        shares, elementwise = sum(factors), call.layer.op in ("mul", "div", "prod")
+        (out,), (unit,), z = relevance, per_unit, shares * call.outputs[0]
+        unit = None if unit is None else unit / shares
+        back = call.vjp(slope(out, unit, z, stabilise(z, self.epsilon), alone=elementwise))
+        return tuple(g if n else jnp.zeros_like(g) for n, g in zip(factors, back, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the stabiliser takes."""
@@ -237,7 +254,7 @@ class LayerByLayer(Rule):
     """
 
 
-class HoldScale(Rule, kw_only=True):
+class HoldScale(TimesInput, kw_only=True):
     """Normalisation with its scale held constant: ``R_i = x_i Σ_j ∂z_j/∂x_i R_j / stab(z_j)`` (Ali et al., 2022).
 
     The statistic that divides (standard deviation, root mean square, norm) counts as a constant, the one
@@ -249,25 +266,18 @@ class HoldScale(Rule, kw_only=True):
     def __post_init__(self) -> None:
         at_least_zero(epsilon=self.epsilon)
 
-    @property
-    def proportional(self) -> bool:
-        """As long as a subclass keeps ``fold``."""
-        return type(self).fold is HoldScale.fold
-
-    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
-        """Input times derivative of the detached layer."""
-        back = call.vjp(*self._coefficients(call, relevance), hold_scale=True)
-        return tuple(x * g for x, g in zip(call.inputs, back, strict=True))
+    def slopes(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> Arrays:
+        """The derivative of the detached layer."""
+        outputs = zip(relevance, per_unit, call.outputs, strict=True)
+        return call.vjp(*(slope(r, u, z, stabilise(z, self.epsilon)) for r, u, z in outputs), hold_scale=True)
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the shift and the stabiliser take: with its scale held the layer is affine, or this does not add up."""
         shifts = call.apply(*map(jnp.zeros_like, call.inputs), hold_scale=True)
         zero = jnp.zeros(())
         losses = {"bias": zero, "stabiliser": zero}
-        for r, c, b, z in zip(relevance, self._coefficients(call, relevance), shifts, call.outputs, strict=True):
+        for r, b, z in zip(relevance, shifts, call.outputs, strict=True):
+            c = ratio(r, stabilise(z, self.epsilon))
             losses["bias"] += total(c * b)
             losses["stabiliser"] += total(r - c * z)
         return losses
-
-    def _coefficients(self, call: LayerCall, relevance: Arrays) -> Arrays:
-        return tuple(ratio(r, stabilise(z, self.epsilon)) for r, z in zip(relevance, call.outputs, strict=True))

@@ -1,0 +1,130 @@
+"""Relevance per unit of value, handed down beside relevance: the same numbers, without dividing between layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlrp
+from jaxlrp.rules import Epsilon, EqualShare, HoldScale, Route, SignalTakeAll
+
+Weights = dict[str, jax.Array]
+
+
+def transformer(weights: Weights, x: jax.Array) -> jax.Array:
+    """One block with everything that hands slopes on: biases, rotary scales, a mask, products, a gate, residuals."""
+
+    def rms(x: jax.Array) -> jax.Array:
+        return x * weights["norm"] / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    def turned(x: jax.Array) -> jax.Array:
+        return x * weights["cos"] + jnp.concatenate([-x[..., 2:], x[..., :2]], -1) * weights["sin"]
+
+    q, k, v = (turned(rms(x) @ weights[n] + weights["b"]) for n in "qkv")
+    scores = jnp.where(jnp.tri(len(x), dtype=bool), q @ k.T / 2.0, -jnp.inf)
+    x = x + jax.nn.softmax(scores) @ v @ weights["o"]
+    y = rms(x)
+    x = x + (jax.nn.silu(y @ weights["gate"]) * (y @ weights["up"])) @ weights["down"]
+    return rms(x)[-1] @ weights["head"]
+
+
+@pytest.fixture
+def given(x64: None, rng: np.random.Generator) -> tuple[Weights, jax.Array]:
+    shapes = dict.fromkeys("qkvo", (4, 4)) | {"gate": (4, 6), "up": (4, 6), "down": (6, 4), "head": (4, 3), "b": (4,)}
+    shapes |= {"norm": (4,), "cos": (5, 4), "sin": (5, 4)}
+    weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    return weights, jnp.asarray(rng.normal(size=(5, 4)))
+
+
+def dividing(rule: Any) -> Any:
+    """The same rule with a `fold` of its own, which is all that a layer below then hears of."""
+
+    class Dividing(type(rule)):
+        def fold(self, call: Any, *relevance: jax.Array) -> tuple[jax.Array, ...]:
+            return super().fold(call, *relevance)
+
+    return Dividing(**vars(rule))
+
+
+def composites(wrap: Callable[[Any], Any], epsilon: Any, **options: Any) -> jaxlrp.Composite:
+    return jaxlrp.Composite(
+        (jaxlrp.kind("linear"), wrap(Epsilon(epsilon, **options))),
+        (jaxlrp.kind("scale"), wrap(Epsilon(epsilon, **options))),
+        (jaxlrp.kind("sum"), wrap(Epsilon(epsilon))),
+        (jaxlrp.kind("move"), wrap(Route())),
+        (jaxlrp.kind("normalization"), wrap(HoldScale(epsilon=epsilon))),
+        (jaxlrp.kind("softmax"), wrap(jaxlrp.Zero())),
+        (jaxlrp.kind("product"), wrap(EqualShare(epsilon=epsilon))),
+        (jaxlrp.kind("gate"), wrap(SignalTakeAll(epsilon=epsilon))),
+    )
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6, 0.1])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip": True}, {"norm_scale": True}, {"bias": "ignore"}, {"bias": "redistribute"}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_it_is_what_dividing_gives(given: Any, epsilon: float, options: dict[str, Any]) -> None:
+    weights, x = given
+    found, expected = (
+        jax.jit(jaxlrp.lrp(transformer, composites(wrap, epsilon, **options), argnums=1, target=1))(weights, x)
+        for wrap in (lambda rule: rule, dividing)
+    )
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11 * np.abs(expected).max())
+
+
+def test_an_epsilon_that_is_traced_is_that_of_a_number(given: Any) -> None:
+    weights, x = given
+
+    def explain(epsilon: Any) -> jax.Array:
+        return jaxlrp.lrp(transformer, jaxlrp.AttnLRP(epsilon), argnums=1, target=1)(weights, x)
+
+    for epsilon in (0.0, 0.1):
+        np.testing.assert_allclose(jax.jit(explain)(epsilon), explain(epsilon), rtol=1e-10, atol=1e-13)
+
+
+def test_blocks_that_run_again_give_the_same(given: Any) -> None:
+    weights, x = given
+    plain, again = (
+        jaxlrp.lrp(jax.checkpoint(transformer) if remat else transformer, jaxlrp.AttnLRP(0.0), argnums=1, remat=remat)(
+            weights, x
+        )
+        for remat in (False, True)
+    )
+    np.testing.assert_allclose(again, plain, rtol=1e-10, atol=1e-13)
+
+
+def divisions(function: Callable[..., Any], *args: Any) -> int:
+    return len(re.findall(r" divide\(", jax.jit(function).lower(*args).compile().as_text()))
+
+
+def test_a_run_of_layers_divides_once() -> None:
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = (x @ w).reshape(2, 2).T.reshape(4) @ w
+        return (y * (y @ w) + x) @ w
+
+    explain = jaxlrp.lrp(run, jaxlrp.AttnLRP(0.0), target=1)
+    assert divisions(explain, jnp.ones(4), jnp.ones((4, 4))) == 1
+    dividing_ = jaxlrp.lrp(run, composites(dividing, 0.0), target=1)
+    assert divisions(dividing_, jnp.ones(4), jnp.ones((4, 4))) > 5
+
+
+def test_an_output_of_0_hands_out_nothing_as_without() -> None:
+    """Contributions that cancel to 0: ``R_j / z_j`` is handed down, but the rule says 0 there."""
+    x, w, v = jnp.array([1.0, -1.0, 2.0]), jnp.array([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]]), jnp.array([[3.0], [1.0]])
+
+    def net(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+        return x @ w @ v
+
+    for rule in (jaxlrp.Zero(), Epsilon(0.0), Epsilon(jnp.zeros(()))):
+        assert jaxlrp.lrp(net, rule)(x, w, v).tolist() == [1.0, -1.0, 2.0]
+    ledger = jaxlrp.ledger(net, jaxlrp.Zero())(x, w, v)
+    assert float(ledger.check().end) == 2.0
