@@ -447,7 +447,7 @@ def ExcitationBackprop(*, bias: Bias = "absorb") -> Composite:
     return Composite((kind("linear"), ZPlus(bias=bias)), (kind("activation"), Gradient()))
 
 
-def AttnLRP(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
+def AttnLRP(epsilon: Any = 0.0, *, bias: Bias = "absorb") -> Composite:
     """The rules of AttnLRP for transformers (Achtibat et al., 2024).
 
     Epsilon for linear layers, scales and sums, the scale of normalisations held constant, the first-order Taylor term
@@ -465,7 +465,7 @@ def AttnLRP(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
     )
 
 
-def CPLRP(epsilon: Any = 1e-6, *, bias: Bias = "absorb") -> Composite:
+def CPLRP(epsilon: Any = 0.0, *, bias: Bias = "absorb") -> Composite:
     """The conservative rules for transformers (Ali et al., 2022): attention weights and gates count as constants.
 
     As `AttnLRP`, but nothing passes a softmax, so that values get all relevance of attention, and what an activation

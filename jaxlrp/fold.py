@@ -103,25 +103,26 @@ def fold(
         if not any(v in relevance for v in layer.outputs):
             continue
         arrived = tuple(relevance.get(v, _nothing(env, v)) for v in layer.outputs)
-        arrived_per = tuple(per_unit.get(v) for v in layer.outputs)
+        units = tuple(per_unit.get(v) for v in layer.outputs)
         block = (blocks or {}).get(layer.equations[-1])
         if block is not inside:
             inside, env = block, kept
             if block is not None:
                 first, given = when(arrived[0], [kept[v] for v in block.inputs])
-                arrived, arrived_per = (first, *arrived[1:]), (None,) * len(arrived)  # what `when` looks at is read
+                arrived, units = (first, *arrived[1:]), ()  # what `when` looks at is to be read
                 env = ChainMap(replay(block, assignments, given, known), kept)  # type: ignore[arg-type]
-        call = LayerCall(layer, env, known)
-        inner, handed_per = None, None
+        call = LayerCall(layer, env, known, units)
+        inner = None
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
-            handed = ()
+            handed, handed_per = (), ()
         elif isinstance(assignment.rule, LayerByLayer):
             handed, inner = _fold_inside(assignment, env, arrived, known, watch)
+            handed_per = (None,) * len(handed)
         else:
-            handed, handed_per = assignment.rule.hand(call, arrived, arrived_per)
+            handed, handed_per = assignment.rule.hand(call, *arrived)
         _check(layer.name, str(assignment.rule), layer.inputs, handed)
         lost = []
-        for value, part, per in zip(layer.inputs, handed, handed_per or (None,) * len(handed), strict=True):
+        for value, part, per in zip(layer.inputs, handed, handed_per, strict=True):
             if value in known.constant:
                 lost.append(part)
                 continue

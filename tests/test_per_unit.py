@@ -117,14 +117,24 @@ def test_a_run_of_layers_divides_once() -> None:
     assert divisions(dividing_, jnp.ones(4), jnp.ones((4, 4))) > 5
 
 
-def test_an_output_of_0_hands_out_nothing_as_without() -> None:
-    """Contributions that cancel to 0: ``R_j / z_j`` is handed down, but the rule says 0 there."""
+def test_contributions_that_cancel_exactly() -> None:
+    """``z = 0`` made of 1 - 1: ``R_j / z_j`` is what it is for a ``z`` beside it; a stabiliser makes it 0."""
     x, w, v = jnp.array([1.0, -1.0, 2.0]), jnp.array([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]]), jnp.array([[3.0], [1.0]])
+    b = jnp.array([0.0, 0.5])
 
     def net(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
-        return x @ w @ v
+        return (x @ w + b) @ v
 
+    gradient_x_input = x * jax.grad(lambda x: net(x, w, v).sum())(x)
+    assert gradient_x_input.tolist() == [4.0, -4.0, 2.0]
     for rule in (jaxlrp.Zero(), Epsilon(0.0), Epsilon(jnp.zeros(()))):
-        assert jaxlrp.lrp(net, rule)(x, w, v).tolist() == [1.0, -1.0, 2.0]
-    ledger = jaxlrp.ledger(net, jaxlrp.Zero())(x, w, v)
-    assert float(ledger.check().end) == 2.0
+        assert jaxlrp.lrp(net, rule)(x, w, v).tolist() == gradient_x_input.tolist()
+        jaxlrp.ledger(net, rule)(x, w, v).check()
+    np.testing.assert_allclose(jaxlrp.lrp(net, Epsilon(1e-6))(x, w, v), [1.0, -1.0, 2.0], rtol=1e-5)
+
+
+def test_the_ledger_closes_where_an_output_is_0() -> None:
+    w, v, b = jnp.array([[1.0, 1.0]]), jnp.array([[3.0], [1.0]]), jnp.array([-2.0, 1.0])
+    ledger = jaxlrp.ledger(lambda x: (x @ w + b) @ v, jaxlrp.Zero())(jnp.array([2.0]))
+    assert float(ledger.check().end) == 8.0
+    assert ledger.losses["bias"].sum() == -5.0

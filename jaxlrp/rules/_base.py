@@ -49,11 +49,29 @@ class LayerCall:
         layer: the layer; its kind, op and name are static.
         env: every value of the forward pass.
         known: what is known of values whatever the numbers are.
+        per_unit: of every output, relevance over value ``R / z``, or None where that is not known without dividing.
     """
 
     layer: Layer
     env: Mapping[Value, Any]
     known: Known = Known()
+    per_unit: PerUnit = ()
+
+    def slope(self, relevance: jax.Array, z: jax.Array, stabilised: jax.Array, output: int = 0) -> jax.Array:
+        """``R / stab(z)`` for an output, from ``R / z`` where that is known.
+
+        It is what the layers above handed down, and there where ``z`` is 0 too.
+
+        Args:
+            relevance: ``R``.
+            z: the output, or a multiple of it.
+            stabilised: ``stab(z)``, which is ``z`` itself if nothing stabilises.
+            output: which output.
+        """
+        unit = self.per_unit[output] if self.per_unit else None
+        if unit is None:
+            return ratio(relevance, stabilised)
+        return unit if stabilised is z else unit * jnp.where(stabilised == 0, 1.0, ratio(z, stabilised))
 
     @property
     def nonnegative(self) -> bool:
@@ -171,14 +189,8 @@ class Rule(struct.PyTreeNode):
         """Relevance at the layer's inputs, one array per input, given that at its outputs, one per output."""
         raise NotImplementedError
 
-    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
-        """What `fold` gives, and relevance per unit of input where the rule knows it without dividing.
-
-        Args:
-            call: the layer.
-            relevance: at its outputs.
-            per_unit: ``R_j / z_j`` of every output, or None where it is not known.
-        """
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+        """What `fold` gives, and relevance per unit of every input, None where it is not known without dividing."""
         handed = self.fold(call, *relevance)
         return handed, (None,) * len(handed)
 
@@ -219,44 +231,25 @@ class TimesInput(Rule):
     digits that they lose where a value is near 0.
     """
 
-    def slopes(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> Arrays:
-        """``g``, one array per input; ``per_unit`` is ``R_j / z_j`` of every output where it is known, see `slope`."""
+    def slopes(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+        """``g``, one array per input."""
         raise NotImplementedError
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times slope."""
-        return times(call.inputs, self.slopes(call, relevance, (None,) * len(relevance)))
+        return times(call.inputs, self.slopes(call, *relevance))
 
-    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
         """Input times slope, and the slope alone."""
         if not self.proportional:
-            return super().hand(call, relevance, per_unit)
-        slopes = self.slopes(call, relevance, per_unit)
+            return super().hand(call, *relevance)
+        slopes = self.slopes(call, *relevance)
         return times(call.inputs, slopes), slopes
 
     @property
     def proportional(self) -> bool:
         """As long as a subclass keeps ``fold``."""
         return type(self).fold is TimesInput.fold
-
-
-def slope(
-    relevance: jax.Array, per_unit: jax.Array | None, z: jax.Array, stabilised: jax.Array, alone: bool = False
-) -> jax.Array:
-    """``R / stab(z)``, without dividing if ``R / z`` is known and nothing stabilises.
-
-    Args:
-        relevance: ``R``.
-        per_unit: ``R / z``, or None.
-        z: denominators before they are stabilised.
-        stabilised: ``stab(z)``, which is ``z`` itself if nothing stabilises.
-        alone: whether every output is one contribution, so that an output of 0 has nothing to hand out.
-    """
-    if per_unit is None:
-        return ratio(relevance, stabilised)
-    if stabilised is not z:
-        return per_unit * ratio(z, stabilised)
-    return per_unit if alone else jnp.where(z == 0, 0.0, per_unit)
 
 
 def times(x: Arrays, y: Arrays) -> Arrays:

@@ -43,7 +43,6 @@ from ._base import (
     at_least_zero,
     known,
     ratio,
-    slope,
     stabilise,
     times,
     total,
@@ -51,6 +50,7 @@ from ._base import (
 
 Factor = float | jax.Array
 Share = tuple[jax.Array, Factor, Factor]
+Term = tuple[Arrays, Arrays]  # inputs and their slopes
 Bias = Literal["absorb", "ignore", "redistribute"]
 
 
@@ -122,12 +122,26 @@ class SplitRule(Rule, kw_only=True):
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """``R_i = Σ (p c⁺ + n c⁻) ρ / stab(p P + n N)``."""
-        arrived, linear = call.linear_when(relevance[0]) if self._again(call) else (relevance[0], call.linear)
-        linear = self._modified(linear)
+        return self._handed(call, relevance[0])[0]
+
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+        """The same, and per unit of input if that is what is multiplied by weights."""
+        if type(self).fold is not SplitRule.fold:
+            return super().hand(call, *relevance)
+        return self._handed(call, relevance[0])
+
+    def _handed(self, call: LayerCall, relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+        arrived, own = call.linear_when(relevance) if self._again(call) else (relevance, call.linear)
+        linear = self._modified(own)
         if self.bias == "redistribute":
-            return self._redistributed(linear, arrived)
-        parts = [self._hand(linear, flow) for flow in self._flows(linear, arrived)]
-        return tuple(functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True))
+            terms = self._redistributed(linear, arrived)
+        else:
+            terms = [term for flow in self._flows(call, linear, arrived) for term in self._hand(linear, flow)]
+        if all(x is own.inputs for x, _ in terms):
+            slopes = _added([g for _, g in terms])
+            return times(own.inputs, slopes), slopes
+        handed = _added([times(x, g) for x, g in terms])
+        return handed, (None,) * len(handed)
 
     def _again(self, call: LayerCall) -> bool:
         """Whether the layer has to run once more for the sums of the shares."""
@@ -143,7 +157,7 @@ class SplitRule(Rule, kw_only=True):
         zero = jnp.zeros((), arrived.dtype)
         losses = {"bias": zero, "stabiliser": zero, "dropped sign": zero}
         handed = jnp.zeros_like(arrived)
-        for flow in self._flows(linear, arrived):
+        for flow in self._flows(call, linear, arrived):
             missing = flow.share - flow.coefficient * flow.denominator
             empty = flow.denominator == 0
             losses["bias"] += total(flow.coefficient * flow.bias)
@@ -166,7 +180,7 @@ class SplitRule(Rule, kw_only=True):
 
     # -- one share at a time -------------------------------------------------------------------------------------
 
-    def _flows(self, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
+    def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         for share, p, n in self._shares(relevance, linear):
             sums = _sums(linear, p, n)
             bias = jnp.zeros_like(sums)
@@ -176,10 +190,12 @@ class SplitRule(Rule, kw_only=True):
                 sums = linear.output if linear.exact and _is_one(p) and _is_one(n) else sums + bias
             elif linear.bias is None and linear.exact and _is_one(p) and _is_one(n):
                 sums = linear.output
-            coefficient = ratio(share, self._stab(sums, linear))
+            stabilised = self._stab(sums, linear)
+            whole = share is relevance and sums is linear.output
+            coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
             yield _Flow(share, p, n, coefficient, sums, bias)
 
-    def _hand(self, linear: LinearMap, flow: _Flow) -> Arrays:
+    def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
         return _pull(linear, flow.p, flow.n, flow.coefficient)
 
     def _stab(self, z: jax.Array, linear: LinearMap) -> jax.Array:
@@ -201,9 +217,9 @@ class SplitRule(Rule, kw_only=True):
         plus, minus = plus + jnp.abs(plus) * spread, minus - jnp.abs(minus) * spread
         return positive, negative, plus, minus
 
-    def _redistributed(self, linear: LinearMap, relevance: jax.Array) -> Arrays:
+    def _redistributed(self, linear: LinearMap, relevance: jax.Array) -> list[Term]:
         _, _, plus, minus = self._redistribution(linear, relevance)
-        return tuple(map(operator.add, _pull(linear, 1.0, 0.0, plus), _pull(linear, 0.0, 1.0, minus)))
+        return _pull(linear, 1.0, 0.0, plus) + _pull(linear, 0.0, 1.0, minus)
 
     def _redistributed_share(self, linear: LinearMap, relevance: jax.Array) -> jax.Array:
         positive, negative, plus, minus = self._redistribution(linear, relevance)
@@ -225,10 +241,13 @@ def _sums(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
     return functools.reduce(operator.add, terms)
 
 
-def _pull(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> Arrays:
-    """``Σ_j (p c⁺_ij + n c⁻_ij) s_j`` for every input."""
-    parts = [times(x, linear.transpose(w, s)) for x, w in _parts(linear, p, n)]
-    return tuple(functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True))
+def _pull(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> list[Term]:
+    """``Σ_j (p c⁺_ij + n c⁻_ij) s_j`` for every input, as products of inputs and slopes that are to be added up."""
+    return [(x, linear.transpose(w, s)) for x, w in _parts(linear, p, n)]
+
+
+def _added(terms: Sequence[Arrays]) -> Arrays:
+    return tuple(functools.reduce(operator.add, each) for each in zip(*terms, strict=True))
 
 
 def _parts(linear: LinearMap, p: Factor, n: Factor) -> list[tuple[Arrays, Arrays]]:
@@ -266,7 +285,10 @@ def _is_one(factor: Any) -> bool:
 
 
 class Zero(SplitRule, kw_only=True):
-    """LRP-0: ``R_i = Σ_j c_ij R_j / z_j``, and nothing where ``z_j = 0`` (Bach et al., 2015).
+    """LRP-0: ``R_i = Σ_j c_ij R_j / z_j`` (Bach et al., 2015).
+
+    Where ``z_j`` is 0, ``R_j / z_j`` is what the layers above handed down per unit of ``z_j``, as in gradient x input,
+    or 0 if they have a rule that does not say.
 
     On layers that are not linear it is the first-order Taylor term: ``x_i`` times the derivative of the output along
     it.
@@ -288,24 +310,16 @@ class Zero(SplitRule, kw_only=True):
         """As for every split rule; a Taylor term where the layer is not linear."""
         if call.layer.linear is not None:
             return super().fold(call, *relevance)
-        return self._taylor(call, relevance, (None,) * len(relevance))[0]
+        return self._taylor(call, relevance)[0]
 
-    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
-        """Input times slope, and the slope alone, see `TimesInput`."""
-        plain = self.proportional and type(self).shares is Zero.shares and self.bias == "absorb"
-        if not plain:
-            return super().hand(call, relevance, per_unit)
-        if call.layer.linear is None:
-            return self._taylor(call, relevance, per_unit)
-        linear = call.linear
-        alone = call.layer.linear.core is None and linear.bias is None
-        s = slope(relevance[0], per_unit[0], linear.output, self._stab(linear.output, linear), alone)
-        slopes = linear.transpose(linear.weights, s)
-        return times(linear.inputs, slopes), slopes
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+        """The same, and per unit of input."""
+        if type(self).fold is not Zero.fold:
+            return super().hand(call, *relevance)
+        return self._taylor(call, relevance) if call.layer.linear is None else self._handed(call, *relevance)
 
-    def _taylor(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, Arrays]:
-        outputs = zip(relevance, per_unit, call.outputs, strict=True)
-        back = call.vjp(*(slope(r, u, z, self._stab_plain(z)) for r, u, z in outputs))
+    def _taylor(self, call: LayerCall, relevance: Arrays) -> tuple[Arrays, Arrays]:
+        back = call.vjp(*self._seeds(call, relevance))
         # nothing to a mask, and no -inf times 0
         slopes = tuple(jnp.where(_masked(x), 0.0, g) for x, g in zip(call.inputs, back, strict=True))
         return times(_unmasked(call.inputs), slopes), slopes
@@ -324,7 +338,8 @@ class Zero(SplitRule, kw_only=True):
         return losses
 
     def _seeds(self, call: LayerCall, relevance: Arrays) -> list[jax.Array]:
-        return [ratio(r, self._stab_plain(z)) for r, z in zip(relevance, call.outputs, strict=True)]
+        outputs = enumerate(zip(relevance, call.outputs, strict=True))
+        return [call.slope(r, z, self._stab_plain(z), i) for i, (r, z) in outputs]
 
     def _stab_plain(self, z: jax.Array) -> jax.Array:
         features = tuple(range(max(z.ndim - 1, 0), z.ndim))
@@ -433,11 +448,11 @@ class Gamma(SplitRule, kw_only=True):
         # nothing comes to negative outputs: one share less to pay for
         return shares[:1] if linear.positive and type(self).shares is Gamma.shares else shares
 
-    def _flows(self, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
+    def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         """One run of the layer for all shares, ``P``: where ``z < 0``, ``N = z - P`` cancels nothing."""
         plain = linear.exact and self.bias == "absorb" and not self.norm_scale and not callable(self.epsilon)
         if not plain or type(self).shares is not Gamma.shares:
-            yield from super()._flows(linear, relevance)
+            yield from super()._flows(call, linear, relevance)
             return
         z, bias = linear.output, jnp.zeros(()) if linear.bias is None else linear.bias
         positive = _sums(linear, 1.0, 0.0) + jnp.maximum(bias, 0.0)
@@ -446,11 +461,11 @@ class Gamma(SplitRule, kw_only=True):
             coefficient = ratio(share, self._stab(denominator, linear))
             yield _Flow(share, p, n, coefficient, denominator, jnp.broadcast_to(_mix(p, bias, n), z.shape))
 
-    def _hand(self, linear: LinearMap, flow: _Flow) -> Arrays:
+    def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
         if _static(self.gamma) or type(self).shares is not Gamma.shares:
             return super()._hand(linear, flow)
         # A gamma that is traced may be one of many under vmap: the weights must not be multiplied by it, or every gamma
         # has a convolution with weights of its own.
         signs = (1.0, 0.0) if _is_one(flow.n) else (0.0, 1.0)
         both, more = (_pull(linear, *pn, flow.coefficient) for pn in ((1.0, 1.0), signs))
-        return tuple(a + self.gamma * b for a, b in zip(both, more, strict=True))
+        return both + [(x, tuple(self.gamma * g for g in slopes)) for x, slopes in more]

@@ -22,7 +22,6 @@ from ._base import (
     TimesInput,
     at_least_zero,
     ratio,
-    slope,
     stabilise,
     total,
     unbroadcast,
@@ -74,11 +73,11 @@ class Route(Rule):
         """``J^T R``, where every entry of ``J`` is 0 or 1 (or a share of a tie)."""
         return call.vjp(*relevance)
 
-    def hand(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> tuple[Arrays, PerUnit]:
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
         """A move takes relevance per unit along, as it takes relevance."""
-        units = [u for u in per_unit if u is not None]
-        if call.layer.kind != "move" or type(self).fold is not Route.fold or len(units) < len(per_unit):
-            return super().hand(call, relevance, per_unit)
+        units = [u for u in call.per_unit if u is not None]
+        if call.layer.kind != "move" or type(self).fold is not Route.fold or len(units) < len(relevance):
+            return super().hand(call, *relevance)
         return self.fold(call, *relevance), self.fold(call, *units)
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
@@ -180,24 +179,26 @@ class EqualShare(TimesInput, kw_only=True):
     def __post_init__(self) -> None:
         at_least_zero(epsilon=self.epsilon)
 
-    def slopes(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> Arrays:
+    def slopes(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """The derivative, divided among the factors."""
         if len(relevance) != 1:
             raise RuleError(
                 f"{type(self).__name__}() is for products, not for layer '{call.layer.name}' "
                 f"({call.layer.kind}/{call.layer.op}), which has {len(relevance)} outputs"
             )
-        factors = self._factors(call)
-        shares, elementwise = sum(factors), call.layer.op in ("mul", "div", "prod")
-        (out,), (unit,), z = relevance, per_unit, shares * call.outputs[0]
-        unit = None if unit is None else unit / shares
-        back = call.vjp(slope(out, unit, z, stabilise(z, self.epsilon), alone=elementwise))
-        return tuple(g if n else jnp.zeros_like(g) for n, g in zip(factors, back, strict=True))
+        back = call.vjp(self._slope(call, relevance[0]))
+        return tuple(g if n else jnp.zeros_like(g) for n, g in zip(self._factors(call), back, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the stabiliser takes."""
-        scaled = sum(self._factors(call)) * call.outputs[0]
-        return {"stabiliser": total(relevance[0] - scaled * ratio(relevance[0], stabilise(scaled, self.epsilon)))}
+        shares = sum(self._factors(call)) * call.outputs[0]
+        return {"stabiliser": total(relevance[0] - shares * self._slope(call, relevance[0]))}
+
+    def _slope(self, call: LayerCall, relevance: jax.Array) -> jax.Array:
+        """``R / stab(n z)`` for ``n`` factors."""
+        n, z = sum(self._factors(call)), call.outputs[0]
+        epsilon: Any = self.epsilon(n * z) if callable(self.epsilon) else self.epsilon
+        return call.slope(relevance, z, stabilise(z, epsilon / n)) / n
 
     def _factors(self, call: LayerCall) -> list[int]:
         """How many factors of the product each input is: ``x @ x.T`` has one input and two factors."""
@@ -266,18 +267,20 @@ class HoldScale(TimesInput, kw_only=True):
     def __post_init__(self) -> None:
         at_least_zero(epsilon=self.epsilon)
 
-    def slopes(self, call: LayerCall, relevance: Arrays, per_unit: PerUnit) -> Arrays:
+    def slopes(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """The derivative of the detached layer."""
-        outputs = zip(relevance, per_unit, call.outputs, strict=True)
-        return call.vjp(*(slope(r, u, z, stabilise(z, self.epsilon)) for r, u, z in outputs), hold_scale=True)
+        return call.vjp(*self._output_slopes(call, relevance), hold_scale=True)
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the shift and the stabiliser take: with its scale held the layer is affine, or this does not add up."""
         shifts = call.apply(*map(jnp.zeros_like, call.inputs), hold_scale=True)
         zero = jnp.zeros(())
         losses = {"bias": zero, "stabiliser": zero}
-        for r, b, z in zip(relevance, shifts, call.outputs, strict=True):
-            c = ratio(r, stabilise(z, self.epsilon))
-            losses["bias"] += total(c * b)
-            losses["stabiliser"] += total(r - c * z)
+        for r, s, b, z in zip(relevance, self._output_slopes(call, relevance), shifts, call.outputs, strict=True):
+            losses["bias"] += total(s * b)
+            losses["stabiliser"] += total(r - s * z)
         return losses
+
+    def _output_slopes(self, call: LayerCall, relevance: Arrays) -> Arrays:
+        outputs = enumerate(zip(relevance, call.outputs, strict=True))
+        return tuple(call.slope(r, z, stabilise(z, self.epsilon), i) for i, (r, z) in outputs)
