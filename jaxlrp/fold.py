@@ -103,13 +103,14 @@ def fold(
         if not any(v in relevance for v in layer.outputs):
             continue
         arrived = tuple(relevance.get(v, _nothing(env, v)) for v in layer.outputs)
-        units = tuple(per_unit.get(v) for v in layer.outputs)
+        units = tuple(per_unit.get(v) if v in relevance else r for v, r in zip(layer.outputs, arrived, strict=True))
         block = (blocks or {}).get(layer.equations[-1])
         if block is not inside:
             inside, env = block, kept
             if block is not None:
-                first, given = when(arrived[0], [kept[v] for v in block.inputs])
-                arrived, units = (first, *arrived[1:]), ()  # what `when` looks at is to be read
+                first = arrived[0], units[0]  # a rule may read either
+                (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs])
+                arrived, units = (arrived_0, *arrived[1:]), (unit_0, *units[1:])
                 env = ChainMap(replay(block, assignments, given, known), kept)  # type: ignore[arg-type]
         call = LayerCall(layer, env, known, units)
         inner = None

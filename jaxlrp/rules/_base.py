@@ -135,18 +135,20 @@ class LayerCall:
         return pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, self.outputs, strict=True)))
 
 
-def when(relevance: jax.Array, values: Any) -> tuple[jax.Array, Any]:
-    """The same relevance and arrays, the arrays at hand only once relevance has arrived.
+def when(relevance: Any, values: Any) -> tuple[Any, Any]:
+    """The same relevance (one or several arrays of one shape) and arrays, the arrays at hand only once it has arrived.
 
     What only rules need (the layer's run with positive weights) would else be computed along with the forward pass, for
     all layers, and be kept until their turn comes.
     """
     # One place of each sample stands for all, so that what makes the rest is still fused with what reads it. XLA drops
     # a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
-    sign = lax.slice(relevance, [0] * relevance.ndim, [*relevance.shape[:1], *(min(n, 1) for n in relevance.shape[1:])])
+    first = jax.tree.leaves(relevance)[0]
+    sign = lax.slice(first, [0] * first.ndim, [*first.shape[:1], *(min(n, 1) for n in first.shape[1:])])
     # Without NaN, which would reach all that this place stands for.
     values, sign = lax.optimization_barrier((values, lax.stop_gradient(jnp.nan_to_num(sign))))
-    return relevance + jnp.minimum(jnp.abs(sign), 0.0), values
+    nothing = jnp.minimum(jnp.abs(sign), 0.0)
+    return jax.tree.map(lambda r: r + nothing, relevance), values
 
 
 class _Scales:
