@@ -26,7 +26,6 @@ from ._base import (
     total,
     unbroadcast,
 )
-from ._pool import is_window_pick
 
 
 class Pass(Rule):
@@ -50,14 +49,6 @@ class Pass(Rule):
                 f"({call.layer.kind}/{call.layer.op}) maps {value.shape} to {out.shape}"
             )
         return (unbroadcast(out, value.shape) if repeated else out.reshape(value.shape),)
-
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
-        """A relu hands relevance per unit on as well: where it is active, its input is its output."""
-        handed, unknown = super().hand(call, *relevance)
-        (unit, *_), layer = call.per_unit or (None,), call.layer
-        if unit is None or layer.op != "relu" or layer.moves or type(self).fold is not Pass.fold:
-            return handed, unknown
-        return handed, (jnp.where(call.inputs[0] > 0, unit, 0.0),)
 
 
 def _moved_back(move: Equation, out: jax.Array) -> jax.Array:
@@ -83,10 +74,9 @@ class Route(Rule):
         return call.vjp(*relevance)
 
     def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
-        """Moves and pools take relevance per unit along, as they take relevance."""
+        """A move takes relevance per unit along, as it takes relevance."""
         units = [u for u in call.per_unit if u is not None]
-        same = call.layer.kind == "move" or is_window_pick(call.layer.equations[0])  # an output is one of its inputs
-        if not same or type(self).fold is not Route.fold or len(units) < len(relevance):
+        if call.layer.kind != "move" or type(self).fold is not Route.fold or len(units) < len(relevance):
             return super().hand(call, *relevance)
         return self.fold(call, *relevance), self.fold(call, *units)
 
