@@ -255,6 +255,7 @@ def main() -> int:
             name, make(), set(arguments.peer + arguments.composite), arguments.peer_python, arguments.rounds
         ):
             if isinstance(found, Row):
+                print("  ".join(found.cells), file=sys.stderr, flush=True)  # the table takes minutes to be whole
                 rows.append(found)
             else:
                 notes.append(found)

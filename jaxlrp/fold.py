@@ -1,4 +1,4 @@
-"""Step 4: replay the forward pass, then walk the layers backwards and fold relevance through their rules."""
+"""Step 4: walk the layers backwards and fold relevance through their rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from .composites import Assignment, Assignments
 from .errors import RuleError
-from .graph import Cond, Env, Program, Scan, Value, read, wide_dtype, widen
+from .graph import Cond, Program, Scan, Value, read, wide_dtype, widen
 from .remat import Blocks
 from .rules import Constant, Known, LayerByLayer, LayerCall
 from .rules._base import when
@@ -48,20 +48,6 @@ class Watch(Protocol):
 
     def join(self, seen: Any) -> Any:
         """What to keep of a layer inside of a scan, given what was kept of every step, stacked."""
-
-
-def replay(program: Program, assignments: Assignments, args: Sequence[Any], known: Known) -> Env:
-    """The values of one forward pass: the model's own equations, but where a rule has a cheaper way to the same."""
-    last = {a.layer.equations[-1]: a for a in assignments}
-    env: Env = dict(zip(program.inputs, args, strict=True))
-    for equation in program.equations:
-        equation.run(env)
-        if (assignment := last.get(equation)) is not None:  # XLA drops what nobody reads any more
-            layer = assignment.layer
-            outputs = assignment.rule.replay(LayerCall(layer, env, known))
-            if outputs is not None:
-                env.update((v, z.astype(v.dtype)) for v, z in zip(layer.outputs, outputs, strict=True))
-    return env
 
 
 def fold(
@@ -111,7 +97,7 @@ def fold(
                 first = arrived[0], units[0]  # a rule may read either
                 (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs])
                 arrived, units = (arrived_0, *arrived[1:]), (unit_0, *units[1:])
-                env = ChainMap(replay(block, assignments, given, known), kept)  # type: ignore[arg-type]
+                env = ChainMap(block.evaluate(given), kept)  # type: ignore[arg-type]
         call = LayerCall(layer, env, known, units)
         inner = None
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here

@@ -16,7 +16,7 @@ from . import _compat
 from ._adapters import Adapted, as_function
 from .composites import Assignment, Assignments, Composite, as_composite, match_names
 from .errors import InputError, UnknownLayerError
-from .fold import Folded, Relevances, Step, Watch, at, constant_values, fold, replay
+from .fold import Folded, Relevances, Step, Watch, at, constant_values, fold
 from .graph import Env, Program, Value, read, trace_program
 from .lattice import find_layers
 from .layers import Layer, every_layer
@@ -390,7 +390,7 @@ class Setup:
         assignments = self.composite.assign(traced.layers)
         positive = positive_values(traced.main, assignments)
         known = Known(traced.nonnegative, positive, constant_values(assignments))
-        env = replay(traced.program, assignments, traced.leaves, known)
+        env = traced.program.evaluate(traced.leaves)
         values = [read(env, v) for v in traced.program.outputs]
         live = traced.trees["live"]
         output = jax.tree.unflatten(traced.trees["output"], values[:live])

@@ -61,7 +61,6 @@ LAYERS = 6
         (jaxlrp.Zero(), 2),  # forward, transpose
         (jaxlrp.Epsilon(), 2),
         (jaxlrp.ZPlus(), 3),  # and once more forward, with positive weights
-        (jaxlrp.AlphaBeta(2.0, 1.0), 4),  # positive and negative, forward and back: their sum is the output
     ],
     ids=str,
 )
@@ -70,13 +69,36 @@ def test_products_of_a_relu_net(rule, each):
     assert products(relevance(model, rule), *prepared(model, (2, 16, 16, 3))) == each * LAYERS
 
 
-def test_gamma_costs_three_where_a_relu_reads_and_four_where_both_signs_come():
+@pytest.mark.parametrize(
+    ("rule", "each"),
+    [
+        (jaxlrp.Gamma(0.25), 3),  # the output and the sum of one sign give that of the other
+        (jaxlrp.AlphaBeta(2.0, 1.0), 4),  # and there are two transposes
+    ],
+    ids=str,
+)
+def test_rules_of_both_signs_cost_one_product_less_where_a_relu_reads(rule, each):
     model = ReluNet()
     params, x = prepared(model, (2, 16, 16, 3))
-    gamma = jaxlrp.Composite.uniform(jaxlrp.Gamma(0.25))
+    composite = jaxlrp.Composite.uniform(rule)
     last = jaxlrp.last("linear")
-    assert products(relevance(model, gamma.extend((last, jaxlrp.Epsilon()))), params, x) == 3 * (LAYERS - 1) + 2
-    assert products(relevance(model, gamma), params, x) == 3 * (LAYERS - 1) + 4
+    assert products(relevance(model, composite.extend((last, jaxlrp.Epsilon()))), params, x) == each * (LAYERS - 1) + 2
+    assert products(relevance(model, composite), params, x) == each * (LAYERS - 1) + each + 1
+
+
+@pytest.mark.parametrize("rule", [jaxlrp.AlphaBeta(2.0, 1.0), jaxlrp.Gamma(0.25), jaxlrp.ZPlus()], ids=str)
+def test_the_models_own_output_goes_on_to_the_last_digit(rule, rng):
+    """Sums of one sign are no way to it: what cancels between them would make relus and pools decide otherwise."""
+    weights = [jnp.asarray(rng.normal(size=(256, 256)), jnp.float32) for _ in range(4)]
+    x = jnp.asarray(rng.uniform(size=(4, 256)), jnp.float32)
+
+    def net(weights, x):
+        for w in weights:
+            x = jax.nn.relu(x @ w)
+        return x
+
+    value, _ = jax.jit(jaxlrp.value_and_lrp(net, rule, argnums=1, target=1))(weights, x)
+    assert (value == jax.jit(net)(weights, x)).all()
 
 
 def test_pools_and_batch_norms_cost_no_products_and_capture_costs_none():

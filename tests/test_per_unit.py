@@ -138,3 +138,13 @@ def test_the_ledger_closes_where_an_output_is_0() -> None:
     ledger = jaxlrp.ledger(lambda x: (x @ w + b) @ v, jaxlrp.Zero())(jnp.array([2.0]))
     assert float(ledger.check().end) == 8.0
     assert ledger.losses["bias"].sum() == -5.0
+
+
+def test_a_constant_over_a_value_is_stabilised_with_its_sign() -> None:
+    """``z = c / x`` counts as minus one factor: ``R_x = -z R / stab(-z)``."""
+    composite = jaxlrp.Composite(
+        (jaxlrp.kind("linear"), jaxlrp.Constant()), (jaxlrp.kind("product"), EqualShare(epsilon=0.5))
+    )
+    explain = jaxlrp.lrp(lambda x, w: (x @ w) / x, composite)
+    np.testing.assert_allclose(explain(jnp.array([2.0]), jnp.array([[2.0]])), [2 * 2 / 2.5], rtol=1e-6)
+    assert float(jaxlrp.ledger(lambda x, w: (x @ w) / x, composite)(jnp.array([2.0]), jnp.array([[2.0]])).check().end)

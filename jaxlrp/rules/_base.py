@@ -200,13 +200,6 @@ class Rule(struct.PyTreeNode):
         """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
         return {}
 
-    def replay(self, call: LayerCall) -> Arrays | None:
-        """The layer's outputs, if the rule has a cheaper way to them; None leaves them to the model's own code.
-
-        They must be the same up to rounding: the model goes on with them.
-        """
-        return None
-
     @property
     def proportional(self) -> bool:
         """Whether what an input gets is proportional to the input, so that where it is 0 it gets nothing."""

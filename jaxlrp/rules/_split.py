@@ -409,20 +409,18 @@ class AlphaBeta(SplitRule, kw_only=True):
             shares.append((-self.beta * relevance, 0.0, 1.0))
         return shares
 
-    def replay(self, call: LayerCall) -> Arrays | None:
-        """``z = P + N + b``, where both sums are needed anyway and cost one run each."""
-        if not self._halves(call):
-            return None
-        linear = call.linear
-        z = _sums(linear, 1.0, 0.0) + _sums(linear, 0.0, 1.0)
-        return (z if linear.bias is None else z + linear.bias,)
-
-    def _halves(self, call: LayerCall) -> bool:
-        whole = type(self).shares is AlphaBeta.shares and type(self).modify is SplitRule.modify
-        return whole and call.layer.linear is not None and call.nonnegative and not _is_zero(self.beta)
-
-    def _again(self, call: LayerCall) -> bool:
-        return not self._halves(call)
+    def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
+        """Behind a relu one run of the layer for both sums, ``N``: where ``z > 0``, ``P = z - N`` cancels nothing."""
+        plain = linear.exact and linear.positive and self.bias == "absorb" and not _is_zero(self.beta)
+        if not plain or type(self).shares is not AlphaBeta.shares:
+            yield from super()._flows(call, linear, relevance)
+            return
+        z, bias = linear.output, jnp.zeros(()) if linear.bias is None else linear.bias
+        negative = _sums(linear, 0.0, 1.0) + jnp.minimum(bias, 0.0)
+        sums = (jnp.maximum(z - negative, 0.0), negative)
+        for (share, p, n), denominator in zip(self._shares(relevance, linear), sums, strict=True):
+            coefficient = ratio(share, self._stab(denominator, linear))
+            yield _Flow(share, p, n, coefficient, denominator, jnp.broadcast_to(_mix(p, bias, n), z.shape))
 
 
 class Gamma(SplitRule, kw_only=True):

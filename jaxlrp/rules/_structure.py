@@ -198,7 +198,7 @@ class EqualShare(TimesInput, kw_only=True):
         """``R / stab(n z)`` for ``n`` factors."""
         n, z = sum(self._factors(call)), call.outputs[0]
         epsilon: Any = self.epsilon(n * z) if callable(self.epsilon) else self.epsilon
-        return call.slope(relevance, z, stabilise(z, epsilon / n)) / n
+        return call.slope(relevance, z, stabilise(z, epsilon / abs(n))) / n
 
     def _factors(self, call: LayerCall) -> list[int]:
         """How many factors of the product each input is: ``x @ x.T`` has one input and two factors."""
