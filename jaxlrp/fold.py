@@ -98,18 +98,17 @@ def fold(
                 (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs])
                 arrived, units = (arrived_0, *arrived[1:]), (unit_0, *units[1:])
                 env = ChainMap(block.evaluate(given), kept)  # type: ignore[arg-type]
-        call = LayerCall(layer, env, known, units)
-        inner = None
+        call = LayerCall(layer, env, known, arrived, units)
+        inner, handed_per = None, ()
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
-            handed, handed_per = (), ()
+            handed = ()
         elif isinstance(assignment.rule, LayerByLayer):
             handed, inner = _fold_inside(assignment, env, arrived, known, watch)
-            handed_per = (None,) * len(handed)
         else:
             handed, handed_per = assignment.rule.hand(call, *arrived)
         _check(layer.name, str(assignment.rule), layer.inputs, handed)
         lost = []
-        for value, part, per in zip(layer.inputs, handed, handed_per, strict=True):
+        for value, part, per in zip(layer.inputs, handed, handed_per or (None,) * len(handed), strict=True):
             if value in known.constant:
                 lost.append(part)
                 continue

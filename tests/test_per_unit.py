@@ -147,4 +147,99 @@ def test_a_constant_over_a_value_is_stabilised_with_its_sign() -> None:
     )
     explain = jaxlrp.lrp(lambda x, w: (x @ w) / x, composite)
     np.testing.assert_allclose(explain(jnp.array([2.0]), jnp.array([[2.0]])), [2 * 2 / 2.5], rtol=1e-6)
-    assert float(jaxlrp.ledger(lambda x, w: (x @ w) / x, composite)(jnp.array([2.0]), jnp.array([[2.0]])).check().end)
+    ledger = jaxlrp.ledger(lambda x, w: (x @ w) / x, composite)(jnp.array([2.0]), jnp.array([[2.0]])).check()
+    np.testing.assert_allclose(ledger.end, 1.6, rtol=1e-6)
+
+
+class Clip(Epsilon):
+    def fold(self, call: Any, *relevance: jax.Array) -> tuple[jax.Array, ...]:
+        return super().fold(call, *(jnp.maximum(r, 0.0) for r in relevance))
+
+
+class Tenfold(jaxlrp.Rule):
+    def fold(self, call: Any, *relevance: jax.Array) -> tuple[jax.Array, ...]:
+        return Epsilon().fold(call, *(10 * r for r in relevance))
+
+
+@pytest.mark.parametrize(("rule", "expected"), [(Epsilon(), [2, -1]), (Clip(), [1, 1]), (Tenfold(), [20, -10])])
+def test_a_fold_that_changes_what_arrived_is_heard(rule: Any, expected: list[float]) -> None:
+    x, w, v = jnp.array([1.0, 2.0]), jnp.array([[1.0, -1.0], [0.5, 1.0]]), jnp.array([[1.0], [-1.0]])
+    composite = jaxlrp.Composite((jaxlrp.kind("linear"), Epsilon()), (jaxlrp.first("linear"), rule))
+    np.testing.assert_allclose(jaxlrp.lrp(lambda x, w, v: x @ w @ v, composite)(x, w, v), expected, rtol=1e-5)
+
+
+class Nothing(EqualShare):
+    @property
+    def proportional(self) -> bool:
+        return True
+
+    def fold(self, call: Any, *relevance: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(map(jnp.zeros_like, call.inputs))
+
+
+def test_a_fold_of_ones_own_is_called_whatever_the_rule_says_of_itself() -> None:
+    composite = jaxlrp.Composite((jaxlrp.kind("product"), Nothing()))
+    assert not jaxlrp.lrp(lambda x: x[0] * x[1], composite)(jnp.array([2.0, 3.0])).any()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+def test_a_mask_that_is_added_gets_nothing(traced: bool, epsilon: float, x64: None) -> None:
+    x = jnp.arange(1.0, 7.0).reshape(3, 2) / 3
+
+    def net(x: jax.Array, hide: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return (jax.nn.softmax(hide(x @ x.T) * 0.5) @ x).sum()
+
+    def explain(epsilon: Any, hide: Any) -> jax.Array:
+        return jaxlrp.lrp(lambda x: net(x, hide), jaxlrp.AttnLRP(epsilon))(x)
+
+    def added(scores: jax.Array) -> jax.Array:
+        return scores + jnp.where(jnp.tri(3, dtype=bool), 0.0, -jnp.inf)
+
+    def selected(scores: jax.Array) -> jax.Array:
+        return jnp.where(jnp.tri(3, dtype=bool), scores, -jnp.inf)
+
+    found = jax.jit(lambda e: explain(e, added))(epsilon) if traced else explain(epsilon, added)
+    np.testing.assert_allclose(found, explain(epsilon, selected), rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda e: explain(e, added).sum())(epsilon))
+
+
+def test_nothing_comes_to_an_infinite_factor_that_gets_nothing() -> None:
+    quotient = jaxlrp.lrp(lambda a, b: (a / b).sum(), jaxlrp.AttnLRP(), argnums=(0, 1))
+    to_a, to_b = quotient(jnp.array([2.0, 3.0]), jnp.array([jnp.inf, 1.0]))
+    assert to_a.tolist() == [0.0, 3.0]
+    assert to_b.tolist() == [0.0, 0.0]
+
+
+def test_a_product_of_nothing() -> None:
+    explain = jaxlrp.lrp(lambda x: jnp.prod(x[:, :0], 1).sum() + x.sum(), jaxlrp.AttnLRP())
+    assert explain(jnp.ones((1, 3))).tolist() == [[1.0, 1.0, 1.0]]
+
+
+ABOVE = [jaxlrp.ZPlus(), jaxlrp.Gamma(0.5), jaxlrp.AlphaBeta(), jaxlrp.ZPlus(bias="redistribute")]
+
+
+@pytest.mark.parametrize("above", ABOVE, ids=str)
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_other_rules_hand_to_a_layer_below(above: Any, signed: bool, rng: np.random.Generator, x64: None) -> None:
+    x, w, v = (jnp.asarray(rng.normal(size=(4, 4))) for _ in range(3))
+
+    def net(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+        y = (x if signed else jax.nn.relu(x)).T  # a move between two linear layers, and one behind a relu
+        y = (jnp.abs(y @ w) if signed else jax.nn.relu(y @ w)).T
+        return (y + y @ v) @ w
+
+    def explain(wrap: Callable[[Any], Any]) -> jax.Array:
+        rules = {jaxlrp.kind("linear"): above, jaxlrp.first("linear"): Epsilon(0.0), jaxlrp.last("linear"): above}
+        return jaxlrp.lrp(net, jaxlrp.Composite(*((s, wrap(rule)) for s, rule in rules.items())))(x, w, v)
+
+    np.testing.assert_allclose(explain(lambda rule: rule), explain(dividing), rtol=1e-9)
+
+
+def test_a_rule_without_shares_is_named() -> None:
+    class Without(jaxlrp.SplitRule):
+        def shares(self, relevance: jax.Array, z: jax.Array) -> list[Any]:
+            return []
+
+    with pytest.raises(jaxlrp.RuleError, match=r"Without.shares must return a list .* not an empty one"):
+        jaxlrp.lrp(lambda x, w: x @ w, Without())(jnp.ones(2), jnp.ones((2, 2)))

@@ -49,29 +49,35 @@ class LayerCall:
         layer: the layer; its kind, op and name are static.
         env: every value of the forward pass.
         known: what is known of values whatever the numbers are.
-        per_unit: of every output, relevance over value ``R / z``, or None where that is not known without dividing.
+        arrived: relevance at every output.
+        per_unit: the same over the output's value, ``R / z``, or None where that is not known without dividing.
     """
 
     layer: Layer
     env: Mapping[Value, Any]
     known: Known = Known()
+    arrived: Arrays = ()
     per_unit: PerUnit = ()
 
     def slope(self, relevance: jax.Array, z: jax.Array, stabilised: jax.Array, output: int = 0) -> jax.Array:
         """``R / stab(z)`` for an output, from ``R / z`` where that is known.
 
-        It is what the layers above handed down, and there where ``z`` is 0 too.
+        That is what the layers above handed down, and so known where ``z`` is 0 too. It belongs to the relevance that
+        arrived: a rule that puts another in its place gets the quotient.
 
         Args:
             relevance: ``R``.
-            z: the output, or a multiple of it.
+            z: the output.
             stabilised: ``stab(z)``, which is ``z`` itself if nothing stabilises.
             output: which output.
         """
-        unit = self.per_unit[output] if self.per_unit else None
+        unit = self.per_unit[output] if self.arrived and relevance is self.arrived[output] else None
         if unit is None:
             return ratio(relevance, stabilised)
-        return unit if stabilised is z else unit * jnp.where(stabilised == 0, 1.0, ratio(z, stabilised))
+        if stabilised is z:
+            return unit
+        plain = (stabilised == 0) | ~jnp.isfinite(z)  # 0 / 0, and the -inf of a mask
+        return unit * jnp.where(plain, 1.0, jnp.where(plain, 1.0, z) / jnp.where(plain, 1.0, stabilised))
 
     @property
     def nonnegative(self) -> bool:
@@ -192,9 +198,11 @@ class Rule(struct.PyTreeNode):
         raise NotImplementedError
 
     def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
-        """What `fold` gives, and relevance per unit of every input, None where it is not known without dividing."""
-        handed = self.fold(call, *relevance)
-        return handed, (None,) * len(handed)
+        """What `fold` gives, and relevance per unit of every input: None where it is not known without dividing.
+
+        Empty if it is known of none.
+        """
+        return self.fold(call, *relevance), ()
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
@@ -226,20 +234,24 @@ class TimesInput(Rule):
     digits that they lose where a value is near 0.
     """
 
-    def slopes(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
-        """``g``, one array per input."""
+    def slopes(self, call: LayerCall, *relevance: jax.Array) -> PerUnit:
+        """``g``, one array per input, None for an input that gets nothing whatever its value."""
         raise NotImplementedError
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times slope."""
-        return times(call.inputs, self.slopes(call, *relevance))
+        return self._handed(call, relevance)[0]
 
     def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
         """Input times slope, and the slope alone."""
-        if not self.proportional:
+        if type(self).fold is not TimesInput.fold:
             return super().hand(call, *relevance)
-        slopes = self.slopes(call, *relevance)
-        return times(call.inputs, slopes), slopes
+        return self._handed(call, relevance)
+
+    def _handed(self, call: LayerCall, relevance: Arrays) -> tuple[Arrays, PerUnit]:
+        pairs = list(zip(call.inputs, self.slopes(call, *relevance), strict=True))
+        handed = tuple(jnp.zeros_like(x) if g is None else x * g for x, g in pairs)  # no infinity times 0
+        return handed, tuple(jnp.zeros_like(x) if g is None else g for x, g in pairs)
 
     @property
     def proportional(self) -> bool:

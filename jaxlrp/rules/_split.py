@@ -113,10 +113,12 @@ class SplitRule(Rule, kw_only=True):
 
     def _shares(self, relevance: jax.Array, linear: LinearMap) -> Sequence[Share]:
         shares = self.shares(relevance, linear.output)
-        if not isinstance(shares, (list, tuple)) or not all(isinstance(s, tuple) and len(s) == 3 for s in shares):
+        triples = isinstance(shares, (list, tuple)) and all(isinstance(s, tuple) and len(s) == 3 for s in shares)
+        if not triples or not shares:
+            found = "an empty one" if triples else type(shares).__name__
             raise RuleError(
                 f"{type(self).__name__}.shares must return a list of (part of the relevance, weight of positive "
-                f"contributions, weight of negative ones), not {type(shares).__name__}"
+                f"contributions, weight of negative ones), not {found}"
             )
         return shares
 
@@ -140,8 +142,7 @@ class SplitRule(Rule, kw_only=True):
         if all(x is own.inputs for x, _ in terms):
             slopes = _added([g for _, g in terms])
             return times(own.inputs, slopes), slopes
-        handed = _added([times(x, g) for x, g in terms])
-        return handed, (None,) * len(handed)
+        return _added([times(x, g) for x, g in terms]), ()
 
     def _again(self, call: LayerCall) -> bool:
         """Whether the layer has to run once more for the sums of the shares."""
@@ -412,7 +413,8 @@ class AlphaBeta(SplitRule, kw_only=True):
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         """Behind a relu one run of the layer for both sums, ``N``: where ``z > 0``, ``P = z - N`` cancels nothing."""
         plain = linear.exact and linear.positive and self.bias == "absorb" and not _is_zero(self.beta)
-        if not plain or type(self).shares is not AlphaBeta.shares:
+        rounded = jnp.finfo(call.layer.outputs[0].dtype).bits < 32  # such a z is not the sum of P and N
+        if not plain or rounded or type(self).shares is not AlphaBeta.shares:
             yield from super()._flows(call, linear, relevance)
             return
         z, bias = linear.output, jnp.zeros(()) if linear.bias is None else linear.bias

@@ -179,7 +179,7 @@ class EqualShare(TimesInput, kw_only=True):
     def __post_init__(self) -> None:
         at_least_zero(epsilon=self.epsilon)
 
-    def slopes(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
+    def slopes(self, call: LayerCall, *relevance: jax.Array) -> PerUnit:
         """The derivative, divided among the factors."""
         if len(relevance) != 1:
             raise RuleError(
@@ -187,7 +187,7 @@ class EqualShare(TimesInput, kw_only=True):
                 f"({call.layer.kind}/{call.layer.op}), which has {len(relevance)} outputs"
             )
         back = call.vjp(self._slope(call, relevance[0]))
-        return tuple(g if n else jnp.zeros_like(g) for n, g in zip(self._factors(call), back, strict=True))
+        return tuple(g if n else None for n, g in zip(self._factors(call), back, strict=True))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What the stabiliser takes."""
@@ -196,7 +196,7 @@ class EqualShare(TimesInput, kw_only=True):
 
     def _slope(self, call: LayerCall, relevance: jax.Array) -> jax.Array:
         """``R / stab(n z)`` for ``n`` factors."""
-        n, z = sum(self._factors(call)), call.outputs[0]
+        n, z = sum(self._factors(call)) or 1, call.outputs[0]  # the product of an empty axis has no factors
         epsilon: Any = self.epsilon(n * z) if callable(self.epsilon) else self.epsilon
         return call.slope(relevance, z, stabilise(z, epsilon / abs(n))) / n
 
@@ -242,6 +242,11 @@ class Constant(Rule):
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Nothing."""
         return tuple(map(jnp.zeros_like, call.inputs))
+
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+        """Nothing, per unit of input too."""
+        handed = self.fold(call, *relevance)
+        return handed, handed if type(self).fold is Constant.fold else ()
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """All of it."""
