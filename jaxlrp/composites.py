@@ -453,6 +453,9 @@ def AttnLRP(epsilon: Any = 0.0, *, bias: Bias = "absorb") -> Composite:
     Epsilon for linear layers, scales and sums, the scale of normalisations held constant, the first-order Taylor term
     for softmax, equal shares for the factors of products (attention scores, attention times values, SwiGLU), identity
     for activations. Gates made by a sigmoid get nothing.
+
+    With ``epsilon`` the number 0 relevance is divided by outputs at activations alone: elsewhere it goes down per unit
+    of value, as the gradient does. Any other ``epsilon``, or a traced one, costs a division a layer.
     """
     return Composite(
         (kind("linear"), Epsilon(epsilon, bias=bias)),

@@ -196,6 +196,13 @@ class SplitRule(Rule, kw_only=True):
             coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
             yield _Flow(share, p, n, coefficient, sums, bias)
 
+    def _over(self, linear: LinearMap, relevance: jax.Array, *denominators: jax.Array) -> Iterator[_Flow]:
+        """Every share over its own sum, bias included; a rule may have fewer shares than sums."""
+        bias = _bias(linear)
+        for (share, p, n), sums in zip(self._shares(relevance, linear), denominators, strict=False):
+            coefficient = ratio(share, self._stab(sums, linear))
+            yield _Flow(share, p, n, coefficient, sums, jnp.broadcast_to(_mix(p, bias, n), sums.shape))
+
     def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
         return _pull(linear, flow.p, flow.n, flow.coefficient)
 
@@ -234,6 +241,10 @@ class _Flow(NamedTuple):
     coefficient: jax.Array  # ρ / stab(p P + n N)
     denominator: jax.Array  # p P + n N
     bias: jax.Array  # the bias's part of the denominator
+
+
+def _bias(linear: LinearMap) -> jax.Array:
+    return jnp.zeros(()) if linear.bias is None else linear.bias
 
 
 def _sums(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
@@ -417,12 +428,8 @@ class AlphaBeta(SplitRule, kw_only=True):
         if not plain or rounded or type(self).shares is not AlphaBeta.shares:
             yield from super()._flows(call, linear, relevance)
             return
-        z, bias = linear.output, jnp.zeros(()) if linear.bias is None else linear.bias
-        negative = _sums(linear, 0.0, 1.0) + jnp.minimum(bias, 0.0)
-        sums = (jnp.maximum(z - negative, 0.0), negative)
-        for (share, p, n), denominator in zip(self._shares(relevance, linear), sums, strict=True):
-            coefficient = ratio(share, self._stab(denominator, linear))
-            yield _Flow(share, p, n, coefficient, denominator, jnp.broadcast_to(_mix(p, bias, n), z.shape))
+        negative = _sums(linear, 0.0, 1.0) + jnp.minimum(_bias(linear), 0.0)
+        yield from self._over(linear, relevance, jnp.maximum(linear.output - negative, 0.0), negative)
 
 
 class Gamma(SplitRule, kw_only=True):
@@ -454,12 +461,9 @@ class Gamma(SplitRule, kw_only=True):
         if not plain or type(self).shares is not Gamma.shares:
             yield from super()._flows(call, linear, relevance)
             return
-        z, bias = linear.output, jnp.zeros(()) if linear.bias is None else linear.bias
-        positive = _sums(linear, 1.0, 0.0) + jnp.maximum(bias, 0.0)
-        sums = (z + self.gamma * positive, jnp.where(z < 0, z + self.gamma * (z - positive), 0.0))
-        for (share, p, n), denominator in zip(self._shares(relevance, linear), sums, strict=False):
-            coefficient = ratio(share, self._stab(denominator, linear))
-            yield _Flow(share, p, n, coefficient, denominator, jnp.broadcast_to(_mix(p, bias, n), z.shape))
+        z, positive = linear.output, _sums(linear, 1.0, 0.0) + jnp.maximum(_bias(linear), 0.0)
+        negative = jnp.where(z < 0, z + self.gamma * (z - positive), 0.0)
+        yield from self._over(linear, relevance, z + self.gamma * positive, negative)
 
     def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
         if _static(self.gamma) or type(self).shares is not Gamma.shares:
