@@ -57,9 +57,8 @@ class Convolution:
         groups = params["feature_group_count"]
         single = groups == self.features == kernel[numbers.rhs_spec[0]]
         self.depthwise = plain and single and math.prod(self.taps) <= _MOST
-        self.dense = max(self.strides, default=1) == 1
         small = self.features <= _FEW or max(self.steps, default=1) == 1
-        self.phased = self.depthwise or (plain and groups == 1 and (small or self.dense))
+        self.phased = self.depthwise or (plain and groups == 1 and (small or max(self.strides, default=1) == 1))
 
     @property
     def rank(self) -> int:
@@ -79,26 +78,26 @@ class Convolution:
     def transpose(self, weight: jax.Array, coming: jax.Array) -> jax.Array:
         """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``phased``."""
         coming, weight = _last(coming, self.numbers.out_spec), self._kernel(weight)
+        first = [0] * self.rank  # q of the first places
         if self.depthwise:
             spread = self._spread_depthwise(coming, weight)
         elif max(self.steps, default=1) == 1:
             last = (((coming.ndim - 1,), (weight.ndim - 1,)), ((), ()))
             spread = lax.dot_general(coming, weight, last, **self.how)
-        else:
-            around, ones = [(m - 1, m - 1) for m in self.steps], [1] * self.rank
-            if self.dense:  # one phase: what would be cut off is not computed
-                sizes = zip(self.padding, self.places, coming.shape[1:-1], self.steps, strict=True)
-                around = [(m - 1 - low, n + low - size) for (low, _), n, size, m in sizes]
-            kernel = self._by_phases(weight)
+        else:  # only what is not cut off
+            first = [low // s for (low, _), s in zip(self.padding, self.strides, strict=True)]
+            ends = zip(self.places, self.padding, self.strides, strict=True)
+            last = [(n - 1 + low) // s for n, (low, _), s in ends]
+            sides = zip(first, last, self.steps, coming.shape[1:], strict=False)
+            coming, around = _with_room(coming, [(m - 1 - a, b + 1 - n) for a, b, m, n in sides], self.steps)
+            kernel, ones = self._by_phases(weight), [1] * self.rank
             spread = lax.conv_general_dilated(
                 coming, kernel, ones, around, dimension_numbers=self._layout(), **self.how
             )
             spread = spread.reshape(*spread.shape[:-1], *self.phases, self.features)
-            if self.dense:
-                return _first(spread.reshape(spread.shape[0], *self.places, self.features), self.numbers.lhs_spec)
         whole = self._interleaved(spread)
-        padding = zip(self.padding, self.places, whole.shape[1:-1], strict=True)
-        crop = [(-low, n + low - size) for (low, _), n, size in padding]
+        lows = [low - s * q for (low, _), s, q in zip(self.padding, self.strides, first, strict=True)]
+        crop = [(-low, n + low - size) for low, n, size in zip(lows, self.places, whole.shape[1:], strict=False)]
         return _first(_pad(whole, crop), self.numbers.lhs_spec)
 
     def _kernel(self, weight: jax.Array) -> jax.Array:
@@ -163,6 +162,19 @@ def _first(x: jax.Array, spec: Sequence[int]) -> jax.Array:
 def _pad(x: jax.Array, around: Sequence[tuple[int, int]]) -> jax.Array:
     """Zeros around the places; negative numbers cut off."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in around), (0, 0, 0)])
+
+
+def _with_room(
+    x: jax.Array, around: Sequence[tuple[int, int]], taps: Sequence[int]
+) -> tuple[jax.Array, list[tuple[int, int]]]:
+    """Padding of a convolution split in two: zeros around ``x``, and what is left to the convolution.
+
+    XLA's fast convolution on a CPU takes no more padding than leaves the size as it is, ``taps - 1``.
+    """
+    more = [max(low + high - (m - 1), 0) for (low, high), m in zip(around, taps, strict=True)]
+    if any(more):  # a barrier, or XLA puts the two together again
+        x = lax.optimization_barrier(_pad(x, [(0, n) for n in more]))
+    return x, [(low, high - n) for (low, high), n in zip(around, more, strict=True)]
 
 
 def _shifted(

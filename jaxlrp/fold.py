@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from .composites import Assignment, Assignments
 from .errors import RuleError
 from .graph import Cond, Program, Scan, Value, read, wide_dtype, widen
+from .layers import forks
 from .remat import Blocks
 from .rules import Constant, Known, LayerByLayer, LayerCall
 from .rules._base import when
@@ -75,6 +76,7 @@ def fold(
     """
     relevance: Relevances = {}
     per_unit: dict[Value, jax.Array | None] = {}  # relevance over value, where rules know that without dividing
+    since: dict[Value, jax.Array | None] = {}  # the last product that relevance came through
     unplaced = jnp.zeros(())
     for value, start in zip(program.outputs, seeds, strict=True):
         placed = value.carries and value not in known.constant
@@ -90,22 +92,23 @@ def fold(
             continue
         arrived = tuple(relevance.get(v, _nothing(env, v)) for v in layer.outputs)
         units = tuple(per_unit.get(v) if v in relevance else r for v, r in zip(layer.outputs, arrived, strict=True))
+        after = next((since[v] for v in layer.outputs if since.get(v) is not None), None)
         block = (blocks or {}).get(layer.equations[-1])
         if block is not inside:
             inside, env = block, kept
             if block is not None:
                 first = arrived[0], units[0]  # a rule may read either
-                (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs])
+                (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs], after)
                 arrived, units = (arrived_0, *arrived[1:]), (unit_0, *units[1:])
                 env = ChainMap(block.evaluate(given), kept)  # type: ignore[arg-type]
-        call = LayerCall(layer, env, known, arrived, units)
-        inner, handed_per = None, ()
+        call = LayerCall(layer, env, known, arrived, units, after)
+        inner, handed_per, product = None, (), None
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
             handed = ()
         elif isinstance(assignment.rule, LayerByLayer):
             handed, inner = _fold_inside(assignment, env, arrived, known, watch)
         else:
-            handed, handed_per = assignment.rule.hand(call, *arrived)
+            handed, handed_per, product = assignment.rule.hand(call, *arrived)
         _check(layer.name, str(assignment.rule), layer.inputs, handed)
         lost = []
         for value, part, per in zip(layer.inputs, handed, handed_per or (None,) * len(handed), strict=True):
@@ -117,6 +120,7 @@ def fold(
                 per_unit[value] = per
             else:  # known as long as it is known of all
                 per_unit[value] = None if before is None or per is None else before + per
+            since[value] = after if product is None else product
             _add(relevance, value, part)
         steps.append((assignment, Step(arrived, tuple(handed), tuple(lost), call, inner)))
     seen: Seen = {}
@@ -164,10 +168,11 @@ def _fold_scan(
     values, _, given = scan.split([jnp.asarray(read(env, v), v.dtype) for v in scan.inputs])
     starts = tuple(env[v] for v in scan.starts)
     outputs = _at_all(arrived, scan.outputs, env)
+    once = forks(a.layer for a in inside[0])
 
     def back(after: Any, now: Any) -> Any:
         (to_carries, to_consts), (start, x, to_outputs) = after, now
-        inner = step.evaluate((*values, *start, *x))
+        inner = step.evaluate((*values, *start, *x), once=once)
         relevance, seen, unplaced = fold(step, inside[0], inner, (*to_carries, *to_outputs), known, watch)
         added = (None if r is None else r + at(relevance, v) for r, v in zip(to_consts, consts, strict=True))
         return (_at_all(relevance, carries, inner), tuple(added)), (_at_all(relevance, stacked, inner), seen, unplaced)

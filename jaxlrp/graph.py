@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -194,11 +194,16 @@ class Program:
         """The part of the program that these outputs need (not running averages that the caller throws away)."""
         return Program(_live(self.equations, outputs), self.inputs, tuple(outputs))
 
-    def evaluate(self, args: Sequence[Any], wide: bool = False) -> Env:
-        """Run the program and keep every value. XLA drops those that nobody reads."""
+    def evaluate(self, args: Sequence[Any], wide: bool = False, once: Collection[Value] = ()) -> Env:
+        """Run the program and keep every value. XLA drops those that nobody reads.
+
+        Those in ``once`` XLA is to compute once. It fuses sums into all that reads them, so that a residual stream
+        would be added up from its beginning by each of its readers.
+        """
         env: Env = dict(zip(self.inputs, args, strict=True))
         for equation in self.equations:
             equation.run(env, wide)
+            env.update({v: jax.lax.optimization_barrier(env[v]) for v in equation.outputs if v in once})
         return env
 
 

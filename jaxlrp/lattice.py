@@ -36,7 +36,7 @@ from .linear import LinearSpec, absorb_tail
 from .names import name_layers
 from .registry import registered
 from .relations import join_normalisations, join_products, mark_final, mark_gates, reachable
-from .segments import Segment, name_by_operations, rectifies, segments
+from .segments import Segment, is_exact_relu, name_by_operations, rectifies, segments
 
 
 def find_layers(program: Program, root_scope: str | None = None) -> list[Layer]:
@@ -323,8 +323,10 @@ class _Walk:
         kind = segment.kind
         if spec and not any(e.primitive in P.MUL or e.primitive in P.DIV for e in eqns):
             kind, op = "sum", "add"  # a parameter added to a value (position embeddings) has its own share
-        rectified = kind == "activation" and rectifies(self.program, eqns)
-        return Layer("", kind, op, inputs, (segment.end,), eqns, spec, source=eqns[-1].source, rectifies=rectified)
+        layer = Layer("", kind, op, inputs, (segment.end,), eqns, spec, source=eqns[-1].source)
+        if kind == "activation":
+            layer.rectifies, layer.relu = rectifies(self.program, eqns), is_exact_relu(self.program, eqns)
+        return layer
 
     def activation_name(self, segment: Segment) -> str:
         """The function that was called, if all of the segment and nothing beside it stands in it (silu)."""

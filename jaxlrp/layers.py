@@ -6,6 +6,7 @@ LayerNorm of fifteen. `jaxlrp.lattice` finds them.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -60,6 +61,7 @@ class Layer:
         source: the user's source line.
         rule: the rule that the model itself declared for this layer (`jaxlrp.custom_layer`).
         rectifies: whether an activation is 0 wherever its input is not positive (relu, relu6).
+        relu: whether an activation gives its input back where that is positive, and else 0.
         gates: of a product, which inputs gate the others: those that come out of a squashing function.
         moves: of a normalisation, what rearranges its result before gain and shift.
         bodies: for a recurrence the layers of one step, for a branch those of every alternative.
@@ -76,6 +78,7 @@ class Layer:
     source: str = ""
     rule: Any = None
     rectifies: bool = False
+    relu: bool = False
     gates: tuple[int, ...] = ()
     moves: tuple[Equation, ...] = ()
     bodies: tuple[Body, ...] = ()
@@ -91,3 +94,9 @@ def every_layer(layers: Iterable[Layer], depth: int = 0) -> Iterator[tuple[Layer
         yield layer, depth
         for body in layer.bodies:
             yield from every_layer(body.layers, depth + 1)
+
+
+def forks(layers: Iterable[Layer]) -> frozenset[Value]:
+    """The values that several of these layers read."""
+    readers = collections.Counter(v for layer in layers for v in layer.inputs)
+    return frozenset(v for v, n in readers.items() if n > 1)

@@ -43,6 +43,8 @@ class LinearMap:
         exact: whether ``output`` is ``f(x, w) + b``; not so once a rule has replaced inputs or weights.
         nonnegative: whether the inputs are known never to be negative (they come out of a relu, a softmax, ...).
         positive: whether relevance is known to come only where the output is positive (a relu alone reads it).
+        rectified: ``max(z, 0)`` where that serves as well (see `jaxlrp.rules.Known`), or None.
+        product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
     """
 
     inputs: Arrays
@@ -54,6 +56,8 @@ class LinearMap:
     features: tuple[int, ...]
     nonnegative: bool = False
     positive: bool = False
+    rectified: jax.Array | None = None
+    product: bool = False
     exact: bool = True
 
 
@@ -80,7 +84,18 @@ class LinearSpec:
     inputs: tuple[Value, ...]
     output: Value
 
-    def bind(self, env: Mapping[Value, Any], nonnegative: bool = False, positive: bool = False) -> LinearMap:
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a convolution, whose transpose makes a kernel of its own."""
+        return self.core is not None and self.core.primitive in P.CONV
+
+    def bind(
+        self,
+        env: Mapping[Value, Any],
+        nonnegative: bool = False,
+        positive: bool = False,
+        rectified: Value | None = None,
+    ) -> LinearMap:
         """Take the layer apart at the values of one forward pass, in at least 32 bits."""
         inputs = tuple(widen(read(env, v)) for v in self.inputs)
         output = widen(read(env, self.output))
@@ -102,7 +117,19 @@ class LinearSpec:
 
         bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
         features = _features(self.core, self.tail, output.ndim)
-        return LinearMap(inputs, weights, bias, output, apply, transpose, features, nonnegative, positive)
+        return LinearMap(
+            inputs=inputs,
+            weights=weights,
+            bias=bias,
+            output=output,
+            apply=apply,
+            transpose=transpose,
+            features=features,
+            nonnegative=nonnegative,
+            positive=positive,
+            rectified=None if rectified is None else widen(read(env, rectified)),
+            product=core.product,
+        )
 
     def one_channel(self) -> OneChannel | None:
         """The layer with one input and one output feature, all weights 1; None where features cannot be told apart.
@@ -364,6 +391,7 @@ class Core(NamedTuple):
     constant: jax.Array | None = None
     # (w, s) -> fᵀ, where jax's own is not the best
     transpose: Callable[[Arrays, jax.Array], Arrays] | None = None
+    product: bool = False  # see `LinearMap`
 
 
 def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
@@ -380,12 +408,13 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
         return _compat.bind(eqn.primitive, params, *operands)[0]
 
     if eqn.primitive not in P.CONV or side == 1:
-        return Core((weight,), apply)
+        return Core((weight,), apply, product=True)
     convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
     return Core(
         (weight,),
         (lambda x, w: convolution.apply_depthwise(*_promoted(x[0], w[0]))) if convolution.depthwise else apply,
         transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.phased else None,
+        product=not convolution.depthwise,
     )
 
 

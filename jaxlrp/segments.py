@@ -177,6 +177,15 @@ def rectifies(program: Program, eqns: Sequence[Equation]) -> bool:
     return _is_relu(program, eqns)
 
 
+def is_exact_relu(program: Program, eqns: Sequence[Equation]) -> bool:
+    """Whether an activation gives its input back wherever that is positive, to the last digit: no cast rounds it."""
+    if any(e.primitive in P.CAST for e in eqns):
+        return False
+    if len(eqns) == 1 and eqns[0].body is not None:
+        return is_exact_relu(eqns[0].body, [e for e in eqns[0].body.equations if e.depends])
+    return _is_relu(program, eqns)
+
+
 def _is_positive(value: Value) -> bool:
     return value.literal and value.constant is not None and bool((value.constant > 0).all())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .composites import Assignment, Assignments
 from .graph import Program, Value
+from .remat import Blocks
 from .rules import Pass, Route
 from .rules._pool import is_window_pick
 
@@ -24,6 +25,22 @@ def positive_values(program: Program, assignments: Assignments) -> frozenset[Val
             silent[value] = silent.get(value, True) and quiet
             positive[value] = positive.get(value, True) and rectified
     return frozenset(v for v, yes in positive.items() if yes)
+
+
+def rectified_values(
+    program: Program, assignments: Assignments, positive: frozenset[Value], blocks: Blocks
+) -> dict[Value, Value]:
+    """For such values the relu of them that the model makes: the same number wherever relevance comes.
+
+    It is kept in any case, being what the next layer reads, unless a block that runs again ends between the two.
+    """
+    found: dict[Value, Value] = {}
+    for layer in (a.layer for a in assignments if a.layer.relu):
+        (value,), (relu,) = layer.inputs, layer.outputs
+        made_by = program.producer.get(value)
+        if value in positive and made_by is not None and blocks.get(made_by) is blocks.get(layer.equations[-1]):
+            found[value] = relu
+    return found
 
 
 def _hands_on(assignment: Assignment, behind: bool) -> tuple[bool, bool]:

@@ -19,11 +19,11 @@ from .errors import InputError, UnknownLayerError
 from .fold import Folded, Relevances, Step, Watch, at, constant_values, fold
 from .graph import Env, Program, Value, read, trace_program
 from .lattice import find_layers
-from .layers import Layer, every_layer
+from .layers import Layer, every_layer, forks
 from .remat import Blocks, find_blocks, own_blocks
 from .rules import Known, Rule
 from .signs import nonnegative_values
-from .support import positive_values
+from .support import positive_values, rectified_values
 from .tables import table
 from .targets import seed
 
@@ -388,14 +388,15 @@ class Setup:
             _check_finite(self.adapted.prepare(args))
         assert isinstance(self.composite, Composite)
         assignments = self.composite.assign(traced.layers)
+        blocks = find_blocks(traced.main, traced.layers) if self.remat else own_blocks(traced.main)
         positive = positive_values(traced.main, assignments)
-        known = Known(traced.nonnegative, positive, constant_values(assignments))
-        env = traced.program.evaluate(traced.leaves)
+        rectified = rectified_values(traced.main, assignments, positive, blocks)
+        known = Known(traced.nonnegative, positive, rectified, constant_values(assignments))
+        env = traced.program.evaluate(traced.leaves, once=forks(traced.layers).union(rectified.values()))
         values = [read(env, v) for v in traced.program.outputs]
         live = traced.trees["live"]
         output = jax.tree.unflatten(traced.trees["output"], values[:live])
         aux = jax.tree.unflatten(traced.trees["aux"], values[live:])
-        blocks = find_blocks(traced.main, traced.layers) if self.remat else own_blocks(traced.main)
         return Forward(traced, assignments, known, env, output, aux, blocks)
 
 

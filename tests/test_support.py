@@ -90,3 +90,47 @@ def test_without_it_results_are_the_same(rule):
     known, unknown = (blind(k).relevance for k in (ahead.known, Known()))
     for source in ahead.traced.sources:
         np.testing.assert_allclose(known[source], unknown[source], rtol=2e-4, atol=1e-5)
+
+
+def rectified(ahead):
+    layers = {v: a.layer.name for a in ahead.assignments for v in a.layer.outputs}
+    return {layers[z] for z in ahead.known.rectified}
+
+
+def test_behind_a_relu_its_output_is_read():
+    ahead = forward(Net(True), GAMMA)
+    assert rectified(ahead) == {"a", "c", "add"}
+    for z, relu in ahead.known.rectified.items():
+        np.testing.assert_array_equal(np.maximum(ahead.env[z], 0.0), ahead.env[relu])
+
+
+def test_no_other_activation_is_taken_for_a_relu():
+    assert rectified(forward(Net(activation="relu6"), GAMMA)) == set()  # cut off above
+
+    def rounding(x, w):
+        return jax.nn.relu((x @ w).astype(jnp.bfloat16)).astype(jnp.float32) @ jnp.ones((3, 2))
+
+    args = jnp.ones((2, 4)), jax.random.normal(jax.random.key(0), (4, 3))
+    assert rectified(Setup(rounding, GAMMA, None).forward(args, {})) == set()
+
+
+def test_a_block_does_not_keep_what_another_one_makes():
+    cut = jax.checkpoint(lambda x, w: x @ w)
+
+    def model(x, w):
+        return jax.nn.relu(cut(x, w)) @ jnp.ones((3, 2))
+
+    args = jnp.ones((2, 4)), jax.random.normal(jax.random.key(0), (4, 3))
+    assert rectified(Setup(model, GAMMA, None).forward(args, {})) == set()
+
+
+@pytest.mark.parametrize("epsilon", [0.3, lambda z: 0.1 * jnp.abs(z).mean()], ids=["number", "of all outputs"])
+@pytest.mark.parametrize("norm_scale", [False, True])
+def test_stabilisers_see_what_is_below_zero(epsilon, norm_scale):
+    rule = jaxlrp.Epsilon(epsilon, norm_scale=norm_scale)
+    ahead = forward(Net(), jaxlrp.Composite.uniform(rule))
+    (source,) = ahead.traced.sources
+    blind = jaxlrp.fold.fold(ahead.traced.main, ahead.assignments, ahead.env, [ahead.output], Known())
+    np.testing.assert_allclose(
+        ahead.fold(ahead.output).relevance[source], blind.relevance[source], rtol=1e-4, atol=1e-6
+    )

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,21 @@ PerUnit = tuple[jax.Array | None, ...]  # R / x of every value, or None where no
 Losses = dict[str, jax.Array]
 
 
+class Handed(NamedTuple):
+    """What a rule hands to the inputs of a layer.
+
+    Attributes:
+        relevance: one array per input.
+        per_unit: the same over the input's value, None where that is not known without dividing; empty if it is known
+            of none.
+        product: a convolution or matrix product that the relevance was made of, if there was one.
+    """
+
+    relevance: Arrays
+    per_unit: PerUnit = ()
+    product: jax.Array | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Known:
     """What is known of a model's values before any number is: found once, read by rules.
@@ -33,11 +48,13 @@ class Known:
     Attributes:
         nonnegative: values that are never negative: half of a sign split is empty.
         positive: values to which relevance comes only where they are positive: a rule need not think of the rest.
+        rectified: for some of them the relu of it: the same number wherever relevance comes.
         constant: values that are made only of what a `Constant` rule declared constant.
     """
 
     nonnegative: frozenset[Value] = frozenset()
     positive: frozenset[Value] = frozenset()
+    rectified: Mapping[Value, Value] = dataclasses.field(default_factory=dict)
     constant: frozenset[Value] = frozenset()
 
 
@@ -51,6 +68,7 @@ class LayerCall:
         known: what is known of values whatever the numbers are.
         arrived: relevance at every output.
         per_unit: the same over the output's value, ``R / z``, or None where that is not known without dividing.
+        since: the last convolution or matrix product that the relevance was made of.
     """
 
     layer: Layer
@@ -58,6 +76,7 @@ class LayerCall:
     known: Known = Known()
     arrived: Arrays = ()
     per_unit: PerUnit = ()
+    since: jax.Array | None = None
 
     def slope(self, relevance: jax.Array, z: jax.Array, stabilised: jax.Array, output: int = 0) -> jax.Array:
         """``R / stab(z)`` for an output, from ``R / z`` where that is known.
@@ -77,7 +96,7 @@ class LayerCall:
         if stabilised is z:
             return unit
         plain = (stabilised == 0) | ~jnp.isfinite(z)  # 0 / 0, and the -inf of a mask
-        return unit * jnp.where(plain, 1.0, jnp.where(plain, 1.0, z) / jnp.where(plain, 1.0, stabilised))
+        return unit * (jnp.where(plain, 1.0, z) / jnp.where(plain, 1.0, stabilised))
 
     @property
     def nonnegative(self) -> bool:
@@ -104,16 +123,22 @@ class LayerCall:
                 f"give it a rule for {self.layer.kind} layers, {fitting}"
             )
         positive = self.known.positive.issuperset(self.layer.outputs)
-        return self.layer.linear.bind(self.env, self.nonnegative, positive)
+        rectified = self.known.rectified.get(self.layer.outputs[0])
+        return self.layer.linear.bind(self.env, self.nonnegative, positive, rectified)
 
-    def linear_when(self, relevance: jax.Array) -> tuple[jax.Array, LinearMap]:
-        """The relevance that arrived, and the layer with inputs and weights that are at hand only then (see `when`)."""
-        own = self.linear  # or its error
+    def late(self, relevance: jax.Array, *, inputs: bool = True) -> tuple[jax.Array, LayerCall]:
+        """The relevance that arrived, and this call with weights that are at hand only then (see `when`).
+
+        Args:
+            relevance: what arrived.
+            inputs: whether inputs are at hand only then, too: what is made of them alone is made then.
+        """
         read_ = dict.fromkeys(v for e in self.layer.equations for v in e.inputs if v in self.env and not v.depends)
-        values = [*self.layer.inputs, *read_]
-        relevance, late = when(relevance, [self.env[v] for v in values])
-        env = ChainMap(dict(zip(values, late, strict=True)), self.env)  # type: ignore[arg-type]
-        return relevance, dataclasses.replace(dataclasses.replace(self, env=env).linear, output=own.output)
+        values = [*(self.layer.inputs if inputs else ()), *read_]
+        unit = self.per_unit[0] if self.arrived and relevance is self.arrived[0] else None
+        (relevance, unit), given = when((relevance, unit), [self.env[v] for v in values], self.since)
+        env = ChainMap(dict(zip(values, given, strict=True)), self.env)  # type: ignore[arg-type]
+        return relevance, dataclasses.replace(self, env=env, arrived=(relevance,), per_unit=(unit,))
 
     def apply(self, *inputs: jax.Array, hold_scale: bool = False) -> Arrays:
         """Run the layer again on other inputs.
@@ -141,20 +166,28 @@ class LayerCall:
         return pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, self.outputs, strict=True)))
 
 
-def when(relevance: Any, values: Any) -> tuple[Any, Any]:
+def when(relevance: Any, values: Any, since: jax.Array | None = None) -> tuple[Any, Any]:
     """The same relevance (one or several arrays of one shape) and arrays, the arrays at hand only once it has arrived.
 
     What only rules need (the layer's run with positive weights) would else be computed along with the forward pass, for
     all layers, and be kept until their turn comes.
+
+    Args:
+        relevance: what arrives.
+        values: what is to wait.
+        since: what to wait for instead: what relevance was made of, such as the last product on its way. That lies in
+            memory anyway, while relevance itself may never, being fused with what reads it.
     """
+    first: jax.Array = jax.tree.leaves(relevance)[0]
+    if since is None or since.shape[:1] != first.shape[:1]:
+        since = first
     # One place of each sample stands for all, so that what makes the rest is still fused with what reads it. XLA drops
     # a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
-    first = jax.tree.leaves(relevance)[0]
-    sign = lax.slice(first, [0] * first.ndim, [*first.shape[:1], *(min(n, 1) for n in first.shape[1:])])
+    sign = lax.slice(since, [0] * since.ndim, [*since.shape[:1], *(min(n, 1) for n in since.shape[1:])])
     # Without NaN, which would reach all that this place stands for.
     values, sign = lax.optimization_barrier((values, lax.stop_gradient(jnp.nan_to_num(sign))))
-    nothing = jnp.minimum(jnp.abs(sign), 0.0)
-    return jax.tree.map(lambda r: r + nothing, relevance), values
+    nothing = jnp.minimum(jnp.abs(sign), 0.0).reshape([*first.shape[:1], *[1] * (first.ndim - 1)])
+    return jax.tree.map(lambda r: r + nothing.astype(r.dtype), relevance), values
 
 
 class _Scales:
@@ -197,12 +230,9 @@ class Rule(struct.PyTreeNode):
         """Relevance at the layer's inputs, one array per input, given that at its outputs, one per output."""
         raise NotImplementedError
 
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
-        """What `fold` gives, and relevance per unit of every input: None where it is not known without dividing.
-
-        Empty if it is known of none.
-        """
-        return self.fold(call, *relevance), ()
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> Handed:
+        """What `fold` gives, and what else is known of it."""
+        return Handed(self.fold(call, *relevance))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
@@ -240,18 +270,18 @@ class TimesInput(Rule):
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """Input times slope."""
-        return self._handed(call, relevance)[0]
+        return self._handed(call, relevance).relevance
 
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> Handed:
         """Input times slope, and the slope alone."""
         if type(self).fold is not TimesInput.fold:
             return super().hand(call, *relevance)
         return self._handed(call, relevance)
 
-    def _handed(self, call: LayerCall, relevance: Arrays) -> tuple[Arrays, PerUnit]:
+    def _handed(self, call: LayerCall, relevance: Arrays) -> Handed:
         pairs = list(zip(call.inputs, self.slopes(call, *relevance), strict=True))
         handed = tuple(jnp.zeros_like(x) if g is None else x * g for x, g in pairs)  # no infinity times 0
-        return handed, tuple(jnp.zeros_like(x) if g is None else g for x, g in pairs)
+        return Handed(handed, tuple(jnp.zeros_like(x) if g is None else g for x, g in pairs))
 
     @property
     def proportional(self) -> bool:
@@ -326,7 +356,8 @@ def stabilise(
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """``numerator / denominator`` with 0 where the denominator is 0, in derivatives too."""
     zero = denominator == 0
-    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
+    # The quotient comes last: XLA computes it once for all that read it, but what is done to it once for each.
+    return jnp.where(zero, 0.0, numerator) / jnp.where(zero, 1.0, denominator)
 
 
 def total(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from ..linear import LinearMap
 from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, known, ratio, stabilise, total
@@ -49,7 +50,8 @@ class Flat(_WeightsAlone, kw_only=True):
         plain = not callable(self.epsilon) and jnp.ndim(self.epsilon) == 0
         if small is None or not plain or self.bias == "redistribute":
             return super().fold(call, *relevance)
-        coming = jnp.sum(relevance[0], axis=small.feature_out, keepdims=True)
+        # a sum is fused with one operation before it, not with what a pool's transpose ends in, one for each place
+        coming = jnp.sum(lax.optimization_barrier(relevance[0]), axis=small.feature_out, keepdims=True)
         one = [1 if i == small.batch else n for i, n in enumerate(small.shape)]
         counts = small.channels * small.apply(jnp.ones(one, coming.dtype))  # the same for every sample
         shared = ratio(coming, self._stab(counts, call.linear))

@@ -31,14 +31,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from ..errors import RuleError
 from ..linear import LinearMap
 from ._base import (
     Arrays,
+    Handed,
     LayerCall,
     Losses,
-    PerUnit,
     Rule,
     at_least_zero,
     known,
@@ -124,25 +125,30 @@ class SplitRule(Rule, kw_only=True):
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
         """``R_i = Σ (p c⁺ + n c⁻) ρ / stab(p P + n N)``."""
-        return self._handed(call, relevance[0])[0]
+        return self._handed(call, relevance[0]).relevance
 
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> Handed:
         """The same, and per unit of input if that is what is multiplied by weights."""
         if type(self).fold is not SplitRule.fold:
             return super().hand(call, *relevance)
         return self._handed(call, relevance[0])
 
-    def _handed(self, call: LayerCall, relevance: jax.Array) -> tuple[Arrays, PerUnit]:
-        arrived, own = call.linear_when(relevance) if self._again(call) else (relevance, call.linear)
+    def _handed(self, call: LayerCall, relevance: jax.Array) -> Handed:
+        if self._again(call):
+            relevance, call = call.late(relevance)
+        elif call.layer.linear is not None and call.layer.linear.convolves:  # kernels are turned around only then
+            relevance, call = call.late(relevance, inputs=False)
+        own = call.linear
         linear = self._modified(own)
         if self.bias == "redistribute":
-            terms = self._redistributed(linear, arrived)
+            terms = self._redistributed(linear, relevance)
         else:
-            terms = [term for flow in self._flows(call, linear, arrived) for term in self._hand(linear, flow)]
+            terms = [term for flow in self._flows(call, linear, relevance) for term in self._hand(linear, flow)]
+        product = terms[0][1][0] if own.product else None
         if all(x is own.inputs for x, _ in terms):
             slopes = _added([g for _, g in terms])
-            return times(own.inputs, slopes), slopes
-        return _added([times(x, g) for x, g in terms]), ()
+            return Handed(times(own.inputs, slopes), slopes, product)
+        return Handed(_added([times(x, g) for x, g in terms]), (), product)
 
     def _again(self, call: LayerCall) -> bool:
         """Whether the layer has to run once more for the sums of the shares."""
@@ -182,19 +188,25 @@ class SplitRule(Rule, kw_only=True):
     # -- one share at a time -------------------------------------------------------------------------------------
 
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
+        z = self._behind_relu(linear).output
         for share, p, n in self._shares(relevance, linear):
             sums = _sums(linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
                 bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
                 # z is known from the forward pass; XLA then drops the second run of the layer
-                sums = linear.output if linear.exact and _is_one(p) and _is_one(n) else sums + bias
+                sums = z if linear.exact and _is_one(p) and _is_one(n) else sums + bias
             elif linear.bias is None and linear.exact and _is_one(p) and _is_one(n):
-                sums = linear.output
+                sums = z
             stabilised = self._stab(sums, linear)
-            whole = share is relevance and sums is linear.output
+            whole = share is relevance and sums is z
             coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
             yield _Flow(share, p, n, coefficient, sums, bias)
+
+    def _behind_relu(self, linear: LinearMap) -> LinearMap:
+        """With ``max(z, 0)`` for ``z`` where no other place's ``z`` matters to a denominator."""
+        own = linear.rectified is None or self.norm_scale or callable(self.epsilon)
+        return linear if own else dataclasses.replace(linear, output=linear.rectified)
 
     def _over(self, linear: LinearMap, relevance: jax.Array, *denominators: jax.Array) -> Iterator[_Flow]:
         """Every share over its own sum, bias included; a rule may have fewer shares than sums."""
@@ -322,19 +334,19 @@ class Zero(SplitRule, kw_only=True):
         """As for every split rule; a Taylor term where the layer is not linear."""
         if call.layer.linear is not None:
             return super().fold(call, *relevance)
-        return self._taylor(call, relevance)[0]
+        return self._taylor(call, relevance).relevance
 
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> Handed:
         """The same, and per unit of input."""
         if type(self).fold is not Zero.fold:
             return super().hand(call, *relevance)
         return self._taylor(call, relevance) if call.layer.linear is None else self._handed(call, *relevance)
 
-    def _taylor(self, call: LayerCall, relevance: Arrays) -> tuple[Arrays, Arrays]:
+    def _taylor(self, call: LayerCall, relevance: Arrays) -> Handed:
         back = call.vjp(*self._seeds(call, relevance))
         # nothing to a mask, and no -inf times 0
         slopes = tuple(jnp.where(_masked(x), 0.0, g) for x, g in zip(call.inputs, back, strict=True))
-        return times(_unmasked(call.inputs), slopes), slopes
+        return Handed(times(_unmasked(call.inputs), slopes), slopes)
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Named losses of a linear layer; of others, what the Taylor term leaves out."""
@@ -423,11 +435,13 @@ class AlphaBeta(SplitRule, kw_only=True):
 
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         """Behind a relu one run of the layer for both sums, ``N``: where ``z > 0``, ``P = z - N`` cancels nothing."""
+        relevance = lax.optimization_barrier(relevance)  # XLA would compute it once for each share
         plain = linear.exact and linear.positive and self.bias == "absorb" and not _is_zero(self.beta)
         rounded = jnp.finfo(call.layer.outputs[0].dtype).bits < 32  # such a z is not the sum of P and N
         if not plain or rounded or type(self).shares is not AlphaBeta.shares:
             yield from super()._flows(call, linear, relevance)
             return
+        linear = self._behind_relu(linear)
         negative = _sums(linear, 0.0, 1.0) + jnp.minimum(_bias(linear), 0.0)
         yield from self._over(linear, relevance, jnp.maximum(linear.output - negative, 0.0), negative)
 
@@ -461,6 +475,7 @@ class Gamma(SplitRule, kw_only=True):
         if not plain or type(self).shares is not Gamma.shares:
             yield from super()._flows(call, linear, relevance)
             return
+        linear = self._behind_relu(linear)
         z, positive = linear.output, _sums(linear, 1.0, 0.0) + jnp.maximum(_bias(linear), 0.0)
         negative = jnp.where(z < 0, z + self.gamma * (z - positive), 0.0)
         yield from self._over(linear, relevance, z + self.gamma * positive, negative)

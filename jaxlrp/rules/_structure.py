@@ -15,6 +15,7 @@ from ..errors import RuleError
 from ..graph import Equation, read, widen
 from ._base import (
     Arrays,
+    Handed,
     LayerCall,
     Losses,
     PerUnit,
@@ -73,12 +74,12 @@ class Route(Rule):
         """``J^T R``, where every entry of ``J`` is 0 or 1 (or a share of a tie)."""
         return call.vjp(*relevance)
 
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> Handed:
         """A move takes relevance per unit along, as it takes relevance."""
         units = [u for u in call.per_unit if u is not None]
         if call.layer.kind != "move" or type(self).fold is not Route.fold or len(units) < len(relevance):
             return super().hand(call, *relevance)
-        return self.fold(call, *relevance), self.fold(call, *units)
+        return Handed(self.fold(call, *relevance), self.fold(call, *units))
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """What went to constants (padding, the other side of a mask), found by folding to them too."""
@@ -243,10 +244,10 @@ class Constant(Rule):
         """Nothing."""
         return tuple(map(jnp.zeros_like, call.inputs))
 
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> tuple[Arrays, PerUnit]:
+    def hand(self, call: LayerCall, *relevance: jax.Array) -> Handed:
         """Nothing, per unit of input too."""
         handed = self.fold(call, *relevance)
-        return handed, handed if type(self).fold is Constant.fold else ()
+        return Handed(handed, handed if type(self).fold is Constant.fold else ())
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """All of it."""

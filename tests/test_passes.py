@@ -1,0 +1,92 @@
+"""How often the compiled programs pass over memory: how many arrays of full size are written, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import pytest
+
+import jaxlrp
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="XLA of old takes barriers away before it fuses operations"
+)
+
+SHAPE = (2, 16, 16, 8)
+ALIASES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+
+
+class Chain(nn.Module):
+    """Convolutions, each with a relu behind it."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.layers):
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(8, (3, 3))(x)))
+        return x.mean((1, 2))
+
+
+class Residual(nn.Module):
+    """A stream to which every block adds something."""
+
+    blocks: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (1, 1))(x))
+        for _ in range(self.blocks):
+            y = nn.relu(nn.Conv(8, (3, 3))(x))
+            x = nn.relu(x + nn.Conv(8, (3, 3))(y))
+        return x.mean((1, 2))
+
+
+def instructions(model: nn.Module, composite: Any) -> list[str]:
+    """Those of the whole program that make an array of full size."""
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    program: Callable[..., Any] = jaxlrp.lrp(model, composite)
+    text = jax.jit(program).lower(variables, x).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    found = []
+    for line in entry.splitlines():
+        step = re.match(r"\s+(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if step and step[2] not in ALIASES and math.prod(map(int, step[1].split(","))) >= math.prod(SHAPE):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "each"),
+    [
+        (jaxlrp.Epsilon(), 4),  # two products, the relu, and the quotient
+        (jaxlrp.ZPlus(), 5),  # and the product with positive weights: relevance itself is never written
+        (jaxlrp.Gamma(0.25), 5),
+        (jaxlrp.AlphaBeta(2.0, 1.0), 8),  # four products, the relu, relevance, and two quotients of it
+    ],
+    ids=str,
+)
+def test_what_a_layer_writes(rule, each):
+    composite = jaxlrp.Composite.uniform(rule)
+    three, five = (len(instructions(Chain(n), composite)) for n in (3, 5))
+    assert five - three == 2 * each
+
+
+@pytest.mark.parametrize("rule", [jaxlrp.Epsilon(), jaxlrp.ZPlus(), jaxlrp.Gamma(0.25)], ids=str)
+def test_a_residual_stream_is_added_up_once(rule):
+    composite = jaxlrp.Composite.uniform(jaxlrp.Epsilon()).extend((jaxlrp.kind("linear"), rule))
+
+    def reads(blocks: int) -> int:
+        lines = instructions(Residual(blocks), composite)
+        full = set(re.findall(r"^\s+(?:ROOT )?%(\S+) =", "\n".join(lines), re.MULTILINE))
+        operands = (name for line in lines for name in re.findall(r"%([\w.-]+)", line.split("(", 1)[1]))
+        return sum(name in full for name in operands)
+
+    four, five, six = map(reads, (4, 5, 6))
+    assert six - five == five - four
