@@ -58,7 +58,8 @@ class Convolution:
         single = groups == self.features == kernel[numbers.rhs_spec[0]]
         self.depthwise = plain and single and math.prod(self.taps) <= _MOST
         small = self.features <= _FEW or max(self.steps, default=1) == 1
-        self.phased = self.depthwise or (plain and groups == 1 and (small or max(self.strides, default=1) == 1))
+        dense = max(self.strides, default=1) == 1
+        self.phased = self.depthwise or (plain and groups == 1 and (small or dense))
 
     @property
     def rank(self) -> int:
@@ -78,26 +79,17 @@ class Convolution:
     def transpose(self, weight: jax.Array, coming: jax.Array) -> jax.Array:
         """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``phased``."""
         coming, weight = _last(coming, self.numbers.out_spec), self._kernel(weight)
-        first = [0] * self.rank  # q of the first places
+        start = [0] * self.rank  # the first q
         if self.depthwise:
             spread = self._spread_depthwise(coming, weight)
         elif max(self.steps, default=1) == 1:
             last = (((coming.ndim - 1,), (weight.ndim - 1,)), ((), ()))
             spread = lax.dot_general(coming, weight, last, **self.how)
-        else:  # only what is not cut off
-            first = [low // s for (low, _), s in zip(self.padding, self.strides, strict=True)]
-            ends = zip(self.places, self.padding, self.strides, strict=True)
-            last = [(n - 1 + low) // s for n, (low, _), s in ends]
-            sides = zip(first, last, self.steps, coming.shape[1:], strict=False)
-            coming, around = _with_room(coming, [(m - 1 - a, b + 1 - n) for a, b, m, n in sides], self.steps)
-            kernel, ones = self._by_phases(weight), [1] * self.rank
-            spread = lax.conv_general_dilated(
-                coming, kernel, ones, around, dimension_numbers=self._layout(), **self.how
-            )
-            spread = spread.reshape(*spread.shape[:-1], *self.phases, self.features)
+        else:
+            spread, start = self._spread_by_phases(coming, weight)
         whole = self._interleaved(spread)
-        lows = [low - s * q for (low, _), s, q in zip(self.padding, self.strides, first, strict=True)]
-        crop = [(-low, n + low - size) for low, n, size in zip(lows, self.places, whole.shape[1:], strict=False)]
+        cut = [low - s * q for (low, _), s, q in zip(self.padding, self.strides, start, strict=True)]
+        crop = [(-low, n + low - size) for low, n, size in zip(cut, self.places, whole.shape[1:-1], strict=True)]
         return _first(_pad(whole, crop), self.numbers.lhs_spec)
 
     def _kernel(self, weight: jax.Array) -> jax.Array:
@@ -119,6 +111,17 @@ class Convolution:
         steps, phases = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
         kernel = jnp.flip(kernel, steps).transpose(*steps, 2 * rank + 1, *phases, 2 * rank)
         return kernel.reshape(*self.steps, out, math.prod(self.phases) * self.features)
+
+    def _spread_by_phases(self, coming: jax.Array, weight: jax.Array) -> tuple[jax.Array, list[int]]:
+        """For those ``q`` alone that nothing cuts off, and the first of them."""
+        padding, sizes = [low for low, _ in self.padding], coming.shape[1:-1]
+        start = [low // s for low, s in zip(padding, self.strides, strict=True)]
+        end = [(n + low - 1) // s + 1 for n, low, s in zip(self.places, padding, self.strides, strict=True)]
+        sides = zip(start, end, self.steps, sizes, strict=True)
+        coming, around = _with_room(coming, [(m - 1 - a, b - n) for a, b, m, n in sides], self.steps)
+        kernel, ones = self._by_phases(weight), [1] * self.rank
+        spread = lax.conv_general_dilated(coming, kernel, ones, around, dimension_numbers=self._layout(), **self.how)
+        return spread.reshape(*spread.shape[:-1], *self.phases, self.features), start
 
     def _spread_depthwise(self, coming: jax.Array, weight: jax.Array) -> jax.Array:
         padded = _pad(coming, [(m - 1, m - 1) for m in self.steps])

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from .composites import Assignment, Assignments
 from .errors import RuleError
 from .graph import Cond, Program, Scan, Value, read, wide_dtype, widen
-from .layers import forks
+from .layers import Layer, forks
 from .remat import Blocks
 from .rules import Constant, Known, LayerByLayer, LayerCall
 from .rules._base import when
+
+_FAR = 1  # layers without a product of their own that may lie between a product and what waits for it
 
 Relevances = dict[Value, jax.Array]
 Seen = dict[str, Any]  # what a `Watch` saw, by layer name
@@ -39,6 +41,20 @@ class Folded(NamedTuple):
     relevance: Relevances  # of every value that it reached
     seen: Seen  # what the `Watch` kept of each layer
     unplaced: jax.Array  # relevance of outputs that are constants, summed: it has nowhere to go
+
+
+class _Since(NamedTuple):
+    """The last product that relevance came through, for what has to wait for relevance."""
+
+    product: jax.Array | None
+    layers: int  # how many without a product of their own came after it
+
+    def behind(self, layer: Layer, product: jax.Array | None) -> _Since:
+        """As the layers below it see it."""
+        if product is not None:
+            return _Since(product, 0)
+        layers = self.layers + (layer.kind not in ("activation", "move", "pick"))
+        return _Since(self.product if layers <= _FAR else None, layers)
 
 
 class Watch(Protocol):
@@ -76,7 +92,8 @@ def fold(
     """
     relevance: Relevances = {}
     per_unit: dict[Value, jax.Array | None] = {}  # relevance over value, where rules know that without dividing
-    since: dict[Value, jax.Array | None] = {}  # the last product that relevance came through
+    since: dict[Value, _Since] = {}
+    shared = forks(a.layer for a in assignments) if blocks else frozenset()
     unplaced = jnp.zeros(())
     for value, start in zip(program.outputs, seeds, strict=True):
         placed = value.carries and value not in known.constant
@@ -92,23 +109,25 @@ def fold(
             continue
         arrived = tuple(relevance.get(v, _nothing(env, v)) for v in layer.outputs)
         units = tuple(per_unit.get(v) if v in relevance else r for v, r in zip(layer.outputs, arrived, strict=True))
-        after = next((since[v] for v in layer.outputs if since.get(v) is not None), None)
+        after = next((since[v] for v in layer.outputs if v in since), _Since(None, 0))
         block = (blocks or {}).get(layer.equations[-1])
         if block is not inside:
             inside, env = block, kept
             if block is not None:
                 first = arrived[0], units[0]  # a rule may read either
-                (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs], after)
+                (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs])
                 arrived, units = (arrived_0, *arrived[1:]), (unit_0, *units[1:])
-                env = ChainMap(block.evaluate(given), kept)  # type: ignore[arg-type]
-        call = LayerCall(layer, env, known, arrived, units, after)
-        inner, handed_per, product = None, (), None
+                env = ChainMap(block.evaluate(given, once=shared), kept)  # type: ignore[arg-type]
+        call = LayerCall(layer, env, known, arrived, units, after.product)
+        inner, handed_per = None, ()
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here
             handed = ()
         elif isinstance(assignment.rule, LayerByLayer):
             handed, inner = _fold_inside(assignment, env, arrived, known, watch)
+            after = _Since(None, 0)
         else:
             handed, handed_per, product = assignment.rule.hand(call, *arrived)
+            after = after.behind(layer, product)
         _check(layer.name, str(assignment.rule), layer.inputs, handed)
         lost = []
         for value, part, per in zip(layer.inputs, handed, handed_per or (None,) * len(handed), strict=True):
@@ -120,7 +139,7 @@ def fold(
                 per_unit[value] = per
             else:  # known as long as it is known of all
                 per_unit[value] = None if before is None or per is None else before + per
-            since[value] = after if product is None else product
+            since[value] = after
             _add(relevance, value, part)
         steps.append((assignment, Step(arrived, tuple(handed), tuple(lost), call, inner)))
     seen: Seen = {}
@@ -200,8 +219,10 @@ def _fold_cond(
     seeds = _at_all(arrived, cond.outputs, env)
 
     def folder(branch: Program, assignments: Assignments) -> Callable[..., Any]:
+        once = forks(a.layer for a in assignments)
+
         def back(operands: Any, seeds: Any) -> Any:
-            inner = branch.evaluate(operands)
+            inner = branch.evaluate(operands, once=once)
             relevance, seen, unplaced = fold(branch, assignments, inner, seeds, known, watch)
             return _at_all(relevance, branch.inputs, inner), seen, unplaced
 

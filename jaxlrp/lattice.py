@@ -325,7 +325,7 @@ class _Walk:
             kind, op = "sum", "add"  # a parameter added to a value (position embeddings) has its own share
         layer = Layer("", kind, op, inputs, (segment.end,), eqns, spec, source=eqns[-1].source)
         if kind == "activation":
-            layer.rectifies, layer.relu = rectifies(self.program, eqns), is_exact_relu(self.program, eqns)
+            layer.rectifies, layer.is_relu = rectifies(self.program, eqns), is_exact_relu(self.program, eqns)
         return layer
 
     def activation_name(self, segment: Segment) -> str:

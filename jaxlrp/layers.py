@@ -61,7 +61,7 @@ class Layer:
         source: the user's source line.
         rule: the rule that the model itself declared for this layer (`jaxlrp.custom_layer`).
         rectifies: whether an activation is 0 wherever its input is not positive (relu, relu6).
-        relu: whether an activation gives its input back where that is positive, and else 0.
+        is_relu: whether an activation gives its input back where that is positive, and else 0.
         gates: of a product, which inputs gate the others: those that come out of a squashing function.
         moves: of a normalisation, what rearranges its result before gain and shift.
         bodies: for a recurrence the layers of one step, for a branch those of every alternative.
@@ -78,7 +78,7 @@ class Layer:
     source: str = ""
     rule: Any = None
     rectifies: bool = False
-    relu: bool = False
+    is_relu: bool = False
     gates: tuple[int, ...] = ()
     moves: tuple[Equation, ...] = ()
     bodies: tuple[Body, ...] = ()

@@ -43,7 +43,7 @@ class LinearMap:
         exact: whether ``output`` is ``f(x, w) + b``; not so once a rule has replaced inputs or weights.
         nonnegative: whether the inputs are known never to be negative (they come out of a relu, a softmax, ...).
         positive: whether relevance is known to come only where the output is positive (a relu alone reads it).
-        rectified: ``max(z, 0)`` where that serves as well (see `jaxlrp.rules.Known`), or None.
+        rectified: ``max(z, 0)`` if that is the same number wherever relevance comes, and at hand; or None.
         product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
     """
 

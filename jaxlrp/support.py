@@ -35,7 +35,7 @@ def rectified_values(
     It is kept in any case, being what the next layer reads, unless a block that runs again ends between the two.
     """
     found: dict[Value, Value] = {}
-    for layer in (a.layer for a in assignments if a.layer.relu):
+    for layer in (a.layer for a in assignments if a.layer.is_relu):
         (value,), (relu,) = layer.inputs, layer.outputs
         made_by = program.producer.get(value)
         if value in positive and made_by is not None and blocks.get(made_by) is blocks.get(layer.equations[-1]):

@@ -122,3 +122,34 @@ def test_many_targets_ledger_capture_and_derivatives():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), captured, want)
     slope = lambda remat: jax.grad(lambda x: jnp.square(jaxlrp.lrp(model, composite, remat=remat)(params, x)).sum())(x)  # noqa: E731
     np.testing.assert_allclose(slope(True), slope(False), rtol=1e-3, atol=1e-4 * float(jnp.abs(slope(False)).max()))
+
+
+class Depthwise(nn.Module):
+    """No convolution here is one that XLA runs as such: what waits must not wait for the head alone."""
+
+    blocks: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.blocks):
+            x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def attention(x, w):
+    for _ in range(16):
+        x = x + jax.nn.softmax(x @ x.swapaxes(1, 2) / 6) @ jnp.tanh(x)
+    return x.mean(1) @ w
+
+
+def test_blocks_without_weights_wait_for_their_turn():
+    x, w = jax.random.normal(jax.random.key(0), (2, 64, 32)), jnp.ones((32, 3))
+    plain, again = (temporary(jaxlrp.lrp(attention, jaxlrp.Epsilon(), remat=r), x, w) for r in (False, True))
+    assert again < 0.4 * plain
+
+
+def test_runs_for_rules_wait_for_relevance_where_no_product_is_near():
+    params, x = prepared(Depthwise(12), (2, 32, 32, 8))
+    needed = temporary(jaxlrp.lrp(Depthwise(12), jaxlrp.ZPlus()), params, x)
+    kept = 12 * x.size * 4  # what the layers read
+    assert needed < 1.5 * kept

@@ -134,3 +134,16 @@ def test_stabilisers_see_what_is_below_zero(epsilon, norm_scale):
     np.testing.assert_allclose(
         ahead.fold(ahead.output).relevance[source], blind.relevance[source], rtol=1e-4, atol=1e-6
     )
+
+
+def test_a_rule_of_a_user_may_spread_relevance_to_where_none_came():
+    class Smooth(jaxlrp.SplitRule):
+        def shares(self, relevance, z):
+            return [(0.5 * (relevance + jnp.roll(relevance, 1, -1)), 1.0, 1.0)]
+
+    ahead = forward(Net(), GAMMA.extend((jaxlrp.name("b"), Smooth())))
+    (source,) = ahead.traced.sources
+    blind = jaxlrp.fold.fold(ahead.traced.main, ahead.assignments, ahead.env, [ahead.output], Known())
+    np.testing.assert_allclose(
+        ahead.fold(ahead.output).relevance[source], blind.relevance[source], rtol=1e-4, atol=1e-6
+    )

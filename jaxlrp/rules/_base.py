@@ -68,7 +68,7 @@ class LayerCall:
         known: what is known of values whatever the numbers are.
         arrived: relevance at every output.
         per_unit: the same over the output's value, ``R / z``, or None where that is not known without dividing.
-        since: the last convolution or matrix product that the relevance was made of.
+        since: the convolution or matrix product that the relevance was made of last, if that is not far away.
     """
 
     layer: Layer
@@ -127,11 +127,11 @@ class LayerCall:
         return self.layer.linear.bind(self.env, self.nonnegative, positive, rectified)
 
     def late(self, relevance: jax.Array, *, inputs: bool = True) -> tuple[jax.Array, LayerCall]:
-        """The relevance that arrived, and this call with weights that are at hand only then (see `when`).
+        """The relevance that arrived, and this call with inputs and weights that are at hand only then (see `when`).
 
         Args:
             relevance: what arrived.
-            inputs: whether inputs are at hand only then, too: what is made of them alone is made then.
+            inputs: whether inputs wait too, or weights alone.
         """
         read_ = dict.fromkeys(v for e in self.layer.equations for v in e.inputs if v in self.env and not v.depends)
         values = [*(self.layer.inputs if inputs else ()), *read_]
@@ -179,14 +179,14 @@ def when(relevance: Any, values: Any, since: jax.Array | None = None) -> tuple[A
             memory anyway, while relevance itself may never, being fused with what reads it.
     """
     first: jax.Array = jax.tree.leaves(relevance)[0]
-    if since is None or since.shape[:1] != first.shape[:1]:
+    if since is None or since.shape[:1] != first.shape[:1]:  # the samples, or what passes for them: it is all the same
         since = first
     # One place of each sample stands for all, so that what makes the rest is still fused with what reads it. XLA drops
     # a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
-    sign = lax.slice(since, [0] * since.ndim, [*since.shape[:1], *(min(n, 1) for n in since.shape[1:])])
+    corner = lax.slice(since, [0] * since.ndim, [*since.shape[:1], *(min(n, 1) for n in since.shape[1:])])
     # Without NaN, which would reach all that this place stands for.
-    values, sign = lax.optimization_barrier((values, lax.stop_gradient(jnp.nan_to_num(sign))))
-    nothing = jnp.minimum(jnp.abs(sign), 0.0).reshape([*first.shape[:1], *[1] * (first.ndim - 1)])
+    values, corner = lax.optimization_barrier((values, lax.stop_gradient(jnp.nan_to_num(corner))))
+    nothing = jnp.minimum(jnp.abs(corner), 0.0).reshape([*first.shape[:1], *[1] * (first.ndim - 1)])
     return jax.tree.map(lambda r: r + nothing.astype(r.dtype), relevance), values
 
 

@@ -144,7 +144,7 @@ class SplitRule(Rule, kw_only=True):
             terms = self._redistributed(linear, relevance)
         else:
             terms = [term for flow in self._flows(call, linear, relevance) for term in self._hand(linear, flow)]
-        product = terms[0][1][0] if own.product else None
+        product = terms[0][1][0] if own.product else None  # the first transpose
         if all(x is own.inputs for x, _ in terms):
             slopes = _added([g for _, g in terms])
             return Handed(times(own.inputs, slopes), slopes, product)
@@ -188,8 +188,9 @@ class SplitRule(Rule, kw_only=True):
     # -- one share at a time -------------------------------------------------------------------------------------
 
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
-        z = self._behind_relu(linear).output
         for share, p, n in self._shares(relevance, linear):
+            # what a rule of a user's own makes of relevance may lie where none came
+            z = (self._behind_relu(linear) if share is relevance else linear).output
             sums = _sums(linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
@@ -204,7 +205,7 @@ class SplitRule(Rule, kw_only=True):
             yield _Flow(share, p, n, coefficient, sums, bias)
 
     def _behind_relu(self, linear: LinearMap) -> LinearMap:
-        """With ``max(z, 0)`` for ``z`` where no other place's ``z`` matters to a denominator."""
+        """With ``max(z, 0)`` for ``z``, unless a denominator depends on ``z`` at other places too."""
         own = linear.rectified is None or self.norm_scale or callable(self.epsilon)
         return linear if own else dataclasses.replace(linear, output=linear.rectified)
 
@@ -435,10 +436,12 @@ class AlphaBeta(SplitRule, kw_only=True):
 
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         """Behind a relu one run of the layer for both sums, ``N``: where ``z > 0``, ``P = z - N`` cancels nothing."""
-        relevance = lax.optimization_barrier(relevance)  # XLA would compute it once for each share
+        own = type(self).shares is AlphaBeta.shares
+        if own and not _is_zero(self.beta):
+            relevance = lax.optimization_barrier(relevance)  # XLA would compute it once for each share
         plain = linear.exact and linear.positive and self.bias == "absorb" and not _is_zero(self.beta)
         rounded = jnp.finfo(call.layer.outputs[0].dtype).bits < 32  # such a z is not the sum of P and N
-        if not plain or rounded or type(self).shares is not AlphaBeta.shares:
+        if not plain or rounded or not own:
             yield from super()._flows(call, linear, relevance)
             return
         linear = self._behind_relu(linear)
