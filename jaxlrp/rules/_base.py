@@ -133,8 +133,9 @@ class LayerCall:
             relevance: what arrived.
             inputs: whether inputs wait too, or weights alone.
         """
-        read_ = dict.fromkeys(v for e in self.layer.equations for v in e.inputs if v in self.env and not v.depends)
-        values = [*(self.layer.inputs if inputs else ()), *read_]
+        core = self.layer.linear and self.layer.linear.core  # scales and shifts behind it are small
+        weights = [v for v in (core.inputs if core else ()) if v in self.env and not v.depends]
+        values = list(dict.fromkeys([*(self.layer.inputs if inputs else ()), *weights]))
         unit = self.per_unit[0] if self.arrived and relevance is self.arrived[0] else None
         (relevance, unit), given = when((relevance, unit), [self.env[v] for v in values], self.since)
         env = ChainMap(dict(zip(values, given, strict=True)), self.env)  # type: ignore[arg-type]
@@ -179,15 +180,19 @@ def when(relevance: Any, values: Any, since: jax.Array | None = None) -> tuple[A
             memory anyway, while relevance itself may never, being fused with what reads it.
     """
     first: jax.Array = jax.tree.leaves(relevance)[0]
-    if since is None or since.shape[:1] != first.shape[:1]:  # the samples, or what passes for them: it is all the same
-        since = first
-    # One place of each sample stands for all, so that what makes the rest is still fused with what reads it. XLA drops
-    # a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
-    corner = lax.slice(since, [0] * since.ndim, [*since.shape[:1], *(min(n, 1) for n in since.shape[1:])])
-    # Without NaN, which would reach all that this place stands for.
-    values, corner = lax.optimization_barrier((values, lax.stop_gradient(jnp.nan_to_num(corner))))
-    nothing = jnp.minimum(jnp.abs(corner), 0.0).reshape([*first.shape[:1], *[1] * (first.ndim - 1)])
+    near = since is not None and since.shape[:1] == first.shape[:1]  # samples, or what passes for them: it adds 0
+    awaited: jax.Array = since if near else _corner(first)  # type: ignore[assignment]
+    # XLA drops a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
+    values, awaited = lax.optimization_barrier((values, lax.stop_gradient(awaited)))
+    # Without NaN, which would reach all of the sample.
+    nothing = jnp.minimum(jnp.abs(jnp.nan_to_num(_corner(awaited))), 0.0)
+    nothing = nothing.reshape([*first.shape[:1], *[1] * (first.ndim - 1)])
     return jax.tree.map(lambda r: r + nothing.astype(r.dtype), relevance), values
+
+
+def _corner(x: jax.Array) -> jax.Array:
+    """One place of each sample, which stands for all: so what makes the rest is still fused with what reads it."""
+    return lax.slice(x, [0] * x.ndim, [*x.shape[:1], *(min(n, 1) for n in x.shape[1:])])
 
 
 class _Scales:
