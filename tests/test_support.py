@@ -136,12 +136,23 @@ def test_stabilisers_see_what_is_below_zero(epsilon, norm_scale):
     )
 
 
-def test_a_rule_of_a_user_may_spread_relevance_to_where_none_came():
-    class Smooth(jaxlrp.SplitRule):
-        def shares(self, relevance, z):
-            return [(0.5 * (relevance + jnp.roll(relevance, 1, -1)), 1.0, 1.0)]
+def smooth(relevance):
+    return 0.5 * (relevance + jnp.roll(relevance, 1, -1))
 
-    ahead = forward(Net(), GAMMA.extend((jaxlrp.name("b"), Smooth())))
+
+class SmoothShares(jaxlrp.SplitRule):
+    def shares(self, relevance, z):
+        return [(smooth(relevance), 1.0, 1.0)]
+
+
+class SmoothFold(jaxlrp.Epsilon):
+    def fold(self, call, *relevance):
+        return super().fold(call, smooth(relevance[0]))
+
+
+@pytest.mark.parametrize("rule", [SmoothShares(), SmoothFold()])
+def test_a_rule_of_a_user_may_spread_relevance_to_where_none_came(rule):
+    ahead = forward(Net(), GAMMA.extend((jaxlrp.name("b"), rule)))
     (source,) = ahead.traced.sources
     blind = jaxlrp.fold.fold(ahead.traced.main, ahead.assignments, ahead.env, [ahead.output], Known())
     np.testing.assert_allclose(

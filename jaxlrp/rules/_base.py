@@ -136,10 +136,11 @@ class LayerCall:
         core = self.layer.linear and self.layer.linear.core  # scales and shifts behind it are small
         weights = [v for v in (core.inputs if core else ()) if v in self.env and not v.depends]
         values = list(dict.fromkeys([*(self.layer.inputs if inputs else ()), *weights]))
-        unit = self.per_unit[0] if self.arrived and relevance is self.arrived[0] else None
+        own = bool(self.arrived) and relevance is self.arrived[0]  # or what a rule put in its place
+        unit = self.per_unit[0] if own else None
         (relevance, unit), given = when((relevance, unit), [self.env[v] for v in values], self.since)
         env = ChainMap(dict(zip(values, given, strict=True)), self.env)  # type: ignore[arg-type]
-        return relevance, dataclasses.replace(self, env=env, arrived=(relevance,), per_unit=(unit,))
+        return relevance, dataclasses.replace(self, env=env, arrived=(relevance,) if own else (), per_unit=(unit,))
 
     def apply(self, *inputs: jax.Array, hold_scale: bool = False) -> Arrays:
         """Run the layer again on other inputs.
