@@ -43,7 +43,8 @@ class LinearMap:
         exact: whether ``output`` is ``f(x, w) + b``; not so once a rule has replaced inputs or weights.
         nonnegative: whether the inputs are known never to be negative (they come out of a relu, a softmax, ...).
         positive: whether relevance is known to come only where the output is positive (a relu alone reads it).
-        rectified: ``max(z, 0)`` if that is the same number wherever relevance comes, and at hand; or None.
+        stand_in: the same number as ``output`` wherever relevance comes, made of what is kept in any case (behind a
+            relu ``max(z, 0)``); or None.
         product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
     """
 
@@ -56,7 +57,7 @@ class LinearMap:
     features: tuple[int, ...]
     nonnegative: bool = False
     positive: bool = False
-    rectified: jax.Array | None = None
+    stand_in: jax.Array | None = None
     product: bool = False
     exact: bool = True
 
@@ -94,7 +95,7 @@ class LinearSpec:
         env: Mapping[Value, Any],
         nonnegative: bool = False,
         positive: bool = False,
-        rectified: Value | None = None,
+        stand_in: jax.Array | None = None,
     ) -> LinearMap:
         """Take the layer apart at the values of one forward pass, in at least 32 bits."""
         inputs = tuple(widen(read(env, v)) for v in self.inputs)
@@ -127,7 +128,7 @@ class LinearSpec:
             features=features,
             nonnegative=nonnegative,
             positive=positive,
-            rectified=None if rectified is None else widen(read(env, rectified)),
+            stand_in=stand_in,
             product=core.product,
         )
 

@@ -7,10 +7,14 @@ gamma, which treats positive and negative outputs apart, needs half of its work.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+
 from .composites import Assignment, Assignments
-from .graph import Program, Value
+from .graph import Program, Value, wide_dtype
+from .layers import Layer
 from .remat import Blocks
-from .rules import Pass, Route
+from .rules import Pass, Route, Rule, Zero
 from .rules._pool import is_window_pick
 
 
@@ -41,6 +45,38 @@ def rectified_values(
         if value in positive and made_by is not None and blocks.get(made_by) is blocks.get(layer.equations[-1]):
             found[value] = relu
     return found
+
+
+def summands(
+    program: Program, assignments: Assignments, rectified: Mapping[Value, Value], blocks: Blocks
+) -> dict[Value, tuple[Value, Value]]:
+    """For a value ``b`` that only a sum ``a + b`` reads: what gives it back wherever relevance comes, a sum less ``a``.
+
+    Relevance comes to a sum behind a relu only where the relu hands it on, so that ``b = relu(a + b) - a`` there, up to
+    rounding: ``b`` itself need not be kept. One summand of each sum, that of which the other is read elsewhere too.
+    """
+    found: dict[Value, tuple[Value, Value]] = {}
+    for layer, rule in ((a.layer, a.rule) for a in assignments):
+        whole = rectified.get(layer.outputs[0])
+        if whole is None or layer.op != "add" or len(layer.inputs) != 2 or not _splits_by_value(rule):
+            continue
+
+        def only_here(value: Value, layer: Layer = layer) -> bool:
+            return program.consumers[value] == list(layer.equations) and value not in program.outputs
+
+        for value, other in sorted(itertools.permutations(layer.inputs), key=lambda pair: only_here(pair[1])):
+            made_by = program.producer.get(value)
+            here = made_by is not None and blocks.get(made_by) is blocks.get(layer.equations[-1])
+            alike = value.shape == other.shape == whole.shape and value.dtype == other.dtype == whole.dtype
+            if only_here(value) and here and alike and wide_dtype(value.dtype) == value.dtype:
+                found[value] = whole, other
+                break
+    return found
+
+
+def _splits_by_value(rule: Rule) -> bool:
+    """Whether it is the epsilon rule: a summand gets its value times what it has in common with the other."""
+    return rule.proportional and isinstance(rule, Zero) and type(rule).shares is Zero.shares
 
 
 def _hands_on(assignment: Assignment, behind: bool) -> tuple[bool, bool]:

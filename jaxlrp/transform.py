@@ -23,7 +23,7 @@ from .layers import Layer, every_layer, forks
 from .remat import Blocks, find_blocks, own_blocks
 from .rules import Known, Rule
 from .signs import nonnegative_values
-from .support import positive_values, rectified_values
+from .support import positive_values, rectified_values, summands
 from .tables import table
 from .targets import seed
 
@@ -391,7 +391,8 @@ class Setup:
         blocks = find_blocks(traced.main, traced.layers) if self.remat else own_blocks(traced.main)
         positive = positive_values(traced.main, assignments)
         rectified = rectified_values(traced.main, assignments, positive, blocks)
-        known = Known(traced.nonnegative, positive, rectified, constant_values(assignments))
+        parts = summands(traced.main, assignments, rectified, blocks)
+        known = Known(traced.nonnegative, positive, rectified, parts, constant_values(assignments))
         env = traced.program.evaluate(traced.leaves, once=forks(traced.layers).union(rectified.values()))
         values = [read(env, v) for v in traced.program.outputs]
         live = traced.trees["live"]

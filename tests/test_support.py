@@ -40,7 +40,7 @@ def forward(model, composite, seed=0):
     x = jax.random.normal(jax.random.key(seed), (2, 8, 8, 3))
     params = model.init(jax.random.key(seed + 1), x)
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(seed + 2), a.shape), params)
-    params = {**params, "batch_stats": jax.tree.map(jnp.abs, params["batch_stats"])}
+    params = {**params, "batch_stats": jax.tree.map(jnp.abs, params.get("batch_stats", {}))}
     return Setup(model, composite, None, False, False).forward((params, x), {})
 
 
@@ -158,3 +158,88 @@ def test_a_rule_of_a_user_may_spread_relevance_to_where_none_came(rule):
     np.testing.assert_allclose(
         ahead.fold(ahead.output).relevance[source], blind.relevance[source], rtol=1e-4, atol=1e-6
     )
+
+
+def summands(ahead):
+    layers = {v: a.layer.name for a in ahead.assignments for v in a.layer.outputs}
+    return {layers[v]: tuple(layers[u] for u in pair) for v, pair in ahead.known.summands.items()}
+
+
+@pytest.mark.parametrize("rule", [jaxlrp.Epsilon(), jaxlrp.ZPlus(), jaxlrp.Gamma(0.5), jaxlrp.Norm()])
+def test_a_summand_behind_a_relu_need_not_be_kept(rule):
+    ahead = forward(Net(True), jaxlrp.Composite.uniform(jaxlrp.Epsilon()).extend((jaxlrp.kind("linear"), rule)))
+    relevance = ahead.fold(ahead.output).relevance
+    assert list(summands(ahead)) == ["b"]  # its other summand is what b itself reads
+    for value, (whole, other) in ahead.known.summands.items():
+        comes = np.asarray(relevance[value]) != 0
+        assert comes.any()
+        difference = np.asarray(ahead.env[whole] - ahead.env[other])
+        np.testing.assert_allclose(difference[comes], np.asarray(ahead.env[value])[comes], atol=1e-5)
+
+
+class Sums(nn.Module):
+    """A sum behind a relu, and sums whose summands have to be kept."""
+
+    why: str = ""
+
+    @nn.compact
+    def __call__(self, x):
+        a, b = (nn.Conv(6, (3, 3), name=name)(x) for name in "ab")
+        if self.why == "read again":
+            return nn.Dense(3, name="head")(nn.relu(a + b)) + nn.Dense(3)(a) + nn.Dense(3)(b)
+        if self.why == "no relu":
+            return nn.Dense(3, name="head")(nn.gelu(a + b))
+        if self.why == "repeated":
+            a, b = a.mean(-1, keepdims=True), b.mean(-1)[..., None]
+            return nn.Dense(3, name="head")(nn.relu(a + jnp.tile(b, 6)))
+        return nn.Dense(3, name="head")(nn.relu(a + b))
+
+
+def test_a_sum_in_16_bits_gives_nothing_back():
+    def model(x, w):
+        return jax.nn.relu(x @ w + jnp.sin(x) @ w) @ w
+
+    w = jax.random.normal(jax.random.key(0), (4, 4))
+    epsilon = jaxlrp.Composite.uniform(jaxlrp.Epsilon())
+    for dtype, found in ((jnp.float32, 1), (jnp.bfloat16, 0)):
+        args = jnp.ones((2, 4), dtype), w.astype(dtype)
+        assert len(Setup(model, epsilon, None).forward(args, {}).known.summands) == found
+
+
+def test_a_block_does_not_keep_a_sum_for_another_one():
+    cut = jax.checkpoint(lambda x, w: x @ w)
+    epsilon = jaxlrp.Composite.uniform(jaxlrp.Epsilon())
+    args = jnp.ones((2, 4)), jax.random.normal(jax.random.key(0), (4, 4))
+    for first, found in ((lambda x, w: x @ w, 1), (cut, 0)):
+        model = lambda x, w, first=first: jax.nn.relu(x + first(x, w)) @ jnp.ones((4, 2))  # noqa: E731
+        assert len(Setup(model, epsilon, None).forward(args, {}).known.summands) == found
+
+
+@pytest.mark.parametrize("rule", [jaxlrp.Epsilon(), jaxlrp.ZPlus(), jaxlrp.AlphaBeta(2.0, 1.0)], ids=str)
+def test_of_a_residual_block_two_arrays_are_kept(rule):
+    def temporary(blocks):
+        def model(x, weights):
+            for a, b in weights:
+                x = jax.nn.relu(x + jax.nn.relu(x @ a) @ b)
+            return x
+
+        composite = jaxlrp.Composite.uniform(jaxlrp.Epsilon()).extend((jaxlrp.kind("linear"), rule))
+        keys = jax.random.split(jax.random.key(0), 2 * blocks)
+        weights = [tuple(jax.random.normal(k, (16, 16)) for k in keys[i : i + 2]) for i in range(0, 2 * blocks, 2)]
+        x = jnp.ones((4096, 16))
+        program = jax.jit(jaxlrp.lrp(model, composite, argnums=0)).lower(x, weights).compile()
+        return program.memory_analysis().temp_size_in_bytes / x.nbytes
+
+    assert round(temporary(9) - temporary(5), 1) == 8.0  # the relu inside, and that of the sum
+
+
+@pytest.mark.parametrize("why", ["read again", "no relu", "repeated"])
+def test_a_summand_is_kept_if_nothing_gives_it_back(why):
+    assert not summands(forward(Sums(why), GAMMA.extend((jaxlrp.kind("sum"), jaxlrp.Epsilon()))))
+
+
+@pytest.mark.parametrize("rule", [SmoothShares(), SmoothFold(), jaxlrp.Residual("abs"), jaxlrp.Gamma(0.5)])
+def test_a_summand_is_kept_if_a_rule_reads_it_elsewhere(rule):
+    epsilon = jaxlrp.Composite.uniform(jaxlrp.Epsilon())
+    assert len(summands(forward(Sums(), epsilon))) == 1
+    assert not summands(forward(Sums(), epsilon.extend((jaxlrp.kind("sum"), rule))))

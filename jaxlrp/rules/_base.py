@@ -49,12 +49,15 @@ class Known:
         nonnegative: values that are never negative: half of a sign split is empty.
         positive: values to which relevance comes only where they are positive: a rule need not think of the rest.
         rectified: for some of them the relu of it: the same number wherever relevance comes.
+        summands: for some values a sum and its other summand: the difference is the same number wherever relevance
+            comes, up to the sum's rounding.
         constant: values that are made only of what a `Constant` rule declared constant.
     """
 
     nonnegative: frozenset[Value] = frozenset()
     positive: frozenset[Value] = frozenset()
     rectified: Mapping[Value, Value] = dataclasses.field(default_factory=dict)
+    summands: Mapping[Value, tuple[Value, Value]] = dataclasses.field(default_factory=dict)
     constant: frozenset[Value] = frozenset()
 
 
@@ -123,8 +126,27 @@ class LayerCall:
                 f"give it a rule for {self.layer.kind} layers, {fitting}"
             )
         positive = self.known.positive.issuperset(self.layer.outputs)
-        rectified = self.known.rectified.get(self.layer.outputs[0])
-        return self.layer.linear.bind(self.env, self.nonnegative, positive, rectified)
+        return self.layer.linear.bind(self.env, self.nonnegative, positive, self._stand_in)
+
+    @property
+    def _stand_in(self) -> jax.Array | None:
+        """What is the output wherever relevance comes, made of values that are kept in any case."""
+        value = self.layer.outputs[0]
+        if value in self.known.rectified:
+            return widen(read(self.env, self.known.rectified[value]))
+        # A quotient of relevance and a difference that is rounded otherwise would be far off near 0.
+        exact = bool(self.per_unit) and self.per_unit[0] is not None
+        return self._difference(value) if exact and value in self.known.summands else None
+
+    def _difference(self, summand: Value) -> jax.Array:
+        whole, other = (widen(read(self.env, v)) for v in self.known.summands[summand])
+        return whole - other
+
+    @property
+    def summands(self) -> Arrays:
+        """The inputs of a sum as they are wherever relevance comes, made of values that are kept in any case."""
+        pairs = zip(self.layer.inputs, self.inputs, strict=True)
+        return tuple(self._difference(v) if v in self.known.summands else x for v, x in pairs)
 
     def late(self, relevance: jax.Array, *, inputs: bool = True) -> tuple[jax.Array, LayerCall]:
         """The relevance that arrived, and this call with inputs and weights that are at hand only then (see `when`).

@@ -147,7 +147,7 @@ class SplitRule(Rule, kw_only=True):
         product = terms[0][1][0] if own.product else None  # the first transpose
         if all(x is own.inputs for x, _ in terms):
             slopes = _added([g for _, g in terms])
-            return Handed(times(own.inputs, slopes), slopes, product)
+            return Handed(times(call.summands, slopes), slopes, product)
         return Handed(_added([times(x, g) for x, g in terms]), (), product)
 
     def _again(self, call: LayerCall) -> bool:
@@ -189,7 +189,7 @@ class SplitRule(Rule, kw_only=True):
 
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         for share, p, n in self._shares(relevance, linear):
-            z = self._behind_relu(call, linear, share).output
+            z = self._where_it_comes(call, linear, share).output
             sums = _sums(linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
@@ -203,15 +203,15 @@ class SplitRule(Rule, kw_only=True):
             coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
             yield _Flow(share, p, n, coefficient, sums, bias)
 
-    def _behind_relu(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> LinearMap:
-        """With ``max(z, 0)`` for ``z``, unless a denominator depends on ``z`` at other places too.
+    def _where_it_comes(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> LinearMap:
+        """With ``z`` as it is where relevance comes, unless a denominator depends on ``z`` at other places too.
 
         For the relevance that arrived alone: what a rule of a user's own made of it may lie where none came.
         """
-        if linear.rectified is None or self.norm_scale or callable(self.epsilon):
+        if linear.stand_in is None or self.norm_scale or callable(self.epsilon):
             return linear
         arrived = bool(call.arrived) and relevance is call.arrived[0]
-        return dataclasses.replace(linear, output=linear.rectified) if arrived else linear
+        return dataclasses.replace(linear, output=linear.stand_in) if arrived else linear
 
     def _over(self, linear: LinearMap, relevance: jax.Array, *denominators: jax.Array) -> Iterator[_Flow]:
         """Every share over its own sum, bias included; a rule may have fewer shares than sums."""
@@ -440,7 +440,7 @@ class AlphaBeta(SplitRule, kw_only=True):
 
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         """Behind a relu one run of the layer for both sums, ``N``: where ``z > 0``, ``P = z - N`` cancels nothing."""
-        behind = self._behind_relu(call, linear, relevance)
+        behind = self._where_it_comes(call, linear, relevance)
         own = type(self).shares is AlphaBeta.shares
         if own and not _is_zero(self.beta):
             relevance = lax.optimization_barrier(relevance)  # XLA would compute it once for each share
@@ -482,7 +482,7 @@ class Gamma(SplitRule, kw_only=True):
         if not plain or type(self).shares is not Gamma.shares:
             yield from super()._flows(call, linear, relevance)
             return
-        linear = self._behind_relu(call, linear, relevance)
+        linear = self._where_it_comes(call, linear, relevance)
         z, positive = linear.output, _sums(linear, 1.0, 0.0) + jnp.maximum(_bias(linear), 0.0)
         negative = jnp.where(z < 0, z + self.gamma * (z - positive), 0.0)
         yield from self._over(linear, relevance, z + self.gamma * positive, negative)
