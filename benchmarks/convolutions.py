@@ -2,8 +2,9 @@
 
     python benchmarks/convolutions.py [--rounds N]
 
-For layers of well-known networks: transposes of strided convolutions by phases, and depthwise convolutions forwards
-and transposed, as shifted products. Prints medians, and the largest difference relative to the largest value.
+For layers of well-known networks: transposes of strided convolutions by phases, depthwise convolutions as shifted
+products and 1 × 1 convolutions as matrix products, forwards and transposed. Prints medians, and the largest difference
+relative to the largest value.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from jaxlrp.tables import table
 LAYERS = [
     ("ResNet50, first", 8, 224, 7, 2, 3, 64, False),
     ("ResNet50, strided 1x1", 8, 56, 1, 2, 256, 512, False),
+    ("ResNet50, 1x1", 8, 14, 1, 1, 1024, 256, False),
+    ("ResNet50, 1x1", 8, 7, 1, 1, 512, 2048, False),
     ("ViT-B/16, patches", 4, 224, 16, 16, 3, 768, False),
     ("EfficientNet, depthwise", 8, 112, 3, 1, 32, 32, True),
     ("EfficientNet, depthwise", 8, 56, 5, 2, 144, 144, True),
@@ -68,8 +71,8 @@ def rows(layer: tuple[Any, ...], rounds: int) -> list[list[str]]:
     ways = [
         ("transposed", {"jax": lambda w, s: jax.vjp(lambda x: run(x, w), x)[1](s)[0], "own": own.transpose}, (w, s))
     ]
-    if own.depthwise:
-        ways.insert(0, ("forwards", {"jax": run, "own": own.apply_depthwise}, (x, w)))
+    if own.applies:
+        ways.insert(0, ("forwards", {"jax": run, "own": own.apply}, (x, w)))
     found = []
     for way, functions, args in ways:
         times, (theirs, ours) = timed(functions, rounds, *args)

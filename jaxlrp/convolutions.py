@@ -13,7 +13,10 @@ one phase, and the kernel merely runs backwards; written out so, it keeps XLA's 
 **Depthwise.** Each feature has a kernel of its own, so nothing is contracted and the sum over ``m`` is one of shifted
 elementwise products. XLA's convolutions on a CPU take many times as long as that.
 
-`benchmarks/convolutions.py` measures both.
+**One place each.** A 1 × 1 kernel is a matrix product over the features. XLA's convolutions of few places and many
+features take up to twice as long.
+
+`benchmarks/convolutions.py` measures them.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ _MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
 
 class Convolution:
     """A convolution's parameters and shapes, in one layout: samples first, features last.
+
+    Where it ``applies`` or ``transposes`` better than jax, it says so.
 
     Args:
         params: as of ``lax.conv_general_dilated_p``.
@@ -59,14 +64,25 @@ class Convolution:
         self.depthwise = plain and single and math.prod(self.taps) <= _MOST
         small = self.features <= _FEW or max(self.steps, default=1) == 1
         dense = max(self.strides, default=1) == 1
-        self.phased = self.depthwise or (plain and groups == 1 and (small or dense))
+        self.transposes = self.depthwise or (plain and groups == 1 and (small or dense))
+        pointwise = {*self.taps, *self.strides} <= {1} and not any(itertools.chain(*self.padding))
+        self.applies = self.depthwise or (plain and groups == 1 and pointwise)
 
     @property
     def rank(self) -> int:
         """How many axes a place has."""
         return len(self.places)
 
-    def apply_depthwise(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """The convolution, where ``applies``."""
+        numbers = self.numbers
+        if self.depthwise:
+            return self._apply_depthwise(x, weight)
+        kernel = self._kernel(weight).reshape(self.features, -1)
+        last = (((self.rank + 1,), (0,)), ((), ()))
+        return _first(lax.dot_general(_last(x, numbers.lhs_spec), kernel, last, **self.how), numbers.out_spec)
+
+    def _apply_depthwise(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """``z[o] = Σ_t w[t] x[s o + t]``."""
         numbers = self.numbers
         padded = _pad(_last(x, numbers.lhs_spec), self.padding)
@@ -77,7 +93,7 @@ class Convolution:
         return _first(_shifted(padded, shifts, sizes, self.strides), numbers.out_spec)
 
     def transpose(self, weight: jax.Array, coming: jax.Array) -> jax.Array:
-        """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``phased``."""
+        """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``transposes``."""
         coming, weight = _last(coming, self.numbers.out_spec), self._kernel(weight)
         start = [0] * self.rank  # the first q
         if self.depthwise:

@@ -413,8 +413,8 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
     convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
     return Core(
         (weight,),
-        (lambda x, w: convolution.apply_depthwise(*_promoted(x[0], w[0]))) if convolution.depthwise else apply,
-        transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.phased else None,
+        (lambda x, w: convolution.apply(*_promoted(x[0], w[0]))) if convolution.applies else apply,
+        transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.transposes else None,
         product=not convolution.depthwise,
     )
 

@@ -16,11 +16,13 @@ LAYOUTS = [("NC{}", "OI{}", "NC{}"), ("N{}C", "{}IO", "N{}C"), ("{}NC", "I{}O", 
 
 
 @st.composite
-def convolutions(draw, depthwise):
+def convolutions(draw, depthwise=False, pointwise=False):
     rank = draw(st.integers(1, 2))
     each = lambda low, high: st.lists(st.integers(low, high), min_size=rank, max_size=rank)  # noqa: E731
     taps, strides, places = draw(each(1, 5)), draw(each(1, 4)), draw(each(5, 8))
     padding = draw(st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)), min_size=rank, max_size=rank))
+    if pointwise:
+        taps, strides, padding = [1] * rank, [1] * rank, [(0, 0)] * rank
     features, out = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     places_of = "HW"[:rank]
     layout = [spec.format(places_of) for spec in draw(st.sampled_from(LAYOUTS))]
@@ -42,7 +44,7 @@ def convolutions(draw, depthwise):
 
 
 def check_transpose(run, x, w, convolution, rng):
-    assume(convolution.phased)
+    assume(convolution.transposes)
     jacobian = jax.jacfwd(run)(x)
     coming = jnp.asarray(rng.normal(size=run(x).shape))
     want = jnp.tensordot(coming, jacobian, coming.ndim)
@@ -51,7 +53,7 @@ def check_transpose(run, x, w, convolution, rng):
 
 @pytest.mark.usefixtures("x64")
 @settings(deadline=None, max_examples=12)
-@given(convolutions(depthwise=False))
+@given(convolutions())
 def test_transpose_by_phases(case):
     check_transpose(*case)
 
@@ -63,5 +65,15 @@ def test_depthwise(case):
     run, x, w, convolution, _ = case
     if convolution.features > 1:
         assert convolution.depthwise
-        np.testing.assert_allclose(convolution.apply_depthwise(x, w), run(x), atol=1e-12)
+        np.testing.assert_allclose(convolution.apply(x, w), run(x), atol=1e-12)
+    check_transpose(*case)
+
+
+@pytest.mark.usefixtures("x64")
+@settings(deadline=None, max_examples=8)
+@given(convolutions(pointwise=True))
+def test_pointwise(case):
+    run, x, w, convolution, _ = case
+    assert convolution.applies
+    np.testing.assert_allclose(convolution.apply(x, w), run(x), atol=1e-12)
     check_transpose(*case)
