@@ -13,6 +13,10 @@ one phase, and the kernel merely runs backwards; written out so, it keeps XLA's 
 **Depthwise.** Each feature has a kernel of its own, so nothing is contracted and the sum over ``m`` is one of shifted
 elementwise products. XLA's convolutions on a CPU take many times as long as that.
 
+**Few features.** Several inputs with a kernel each, summed, are one convolution of all their features; one output
+handed back through several kernels is one to all their features. Images have 3, for which XLA's convolutions take
+nearly as long as for 6: `stack` says along which axes to put inputs and kernels together.
+
 **One place each.** A 1 × 1 kernel is a matrix product over the features. XLA's convolutions of few places and many
 features take up to twice as long.
 
@@ -32,7 +36,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_FEW = 8  # input features up to which phases beat zeros although they pad the kernel to a multiple of the stride
+_FEW = 8  # input features up to which phases beat zeros although they pad the kernel to a multiple of the stride, and
+# several inputs are run together
 _MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
 
 
@@ -62,11 +67,20 @@ class Convolution:
         groups = params["feature_group_count"]
         single = groups == self.features == kernel[numbers.rhs_spec[0]]
         self.depthwise = plain and single and math.prod(self.taps) <= _MOST
-        small = self.features <= _FEW or max(self.steps, default=1) == 1
+        # Not all phases may have as many: zeros in front of the kernel or behind it. In front, if that lets the first
+        # phase begin where x does, so that nothing need be cut off.
+        room = [m * n - k for m, n, k in zip(self.steps, self.phases, self.taps, strict=True)]
+        ahead = [0 if self.depthwise else -low % s for (low, _), s in zip(self.padding, self.strides, strict=True)]
+        self.fill = [(a, r - a) if a <= r else (0, r) for a, r in zip(ahead, room, strict=True)]
+        self.low = [low + a for (low, _), (a, _) in zip(self.padding, self.fill, strict=True)]
+        one = plain and groups == 1
+        few = self.features <= _FEW
+        small = few or max(self.steps, default=1) == 1
         dense = max(self.strides, default=1) == 1
-        self.transposes = self.depthwise or (plain and groups == 1 and (small or dense))
+        self.transposes = self.depthwise or (one and (small or dense))
+        self.stack = (numbers.lhs_spec[1], numbers.rhs_spec[1]) if one and few and not self.depthwise else None
         pointwise = {*self.taps, *self.strides} <= {1} and not any(itertools.chain(*self.padding))
-        self.applies = self.depthwise or (plain and groups == 1 and pointwise)
+        self.applies = self.depthwise or (one and pointwise)
 
     @property
     def rank(self) -> int:
@@ -78,7 +92,8 @@ class Convolution:
         numbers = self.numbers
         if self.depthwise:
             return self._apply_depthwise(x, weight)
-        kernel = self._kernel(weight).reshape(self.features, -1)
+        kernel = self._kernel(weight)
+        kernel = kernel.reshape(kernel.shape[-2:])
         last = (((self.rank + 1,), (0,)), ((), ()))
         return _first(lax.dot_general(_last(x, numbers.lhs_spec), kernel, last, **self.how), numbers.out_spec)
 
@@ -104,7 +119,7 @@ class Convolution:
         else:
             spread, start = self._spread_by_phases(coming, weight)
         whole = self._interleaved(spread)
-        cut = [low - s * q for (low, _), s, q in zip(self.padding, self.strides, start, strict=True)]
+        cut = [low - s * q for low, s, q in zip(self.low, self.strides, start, strict=True)]
         crop = [(-low, n + low - size) for low, n, size in zip(cut, self.places, whole.shape[1:-1], strict=True)]
         return _first(_pad(whole, crop), self.numbers.lhs_spec)
 
@@ -120,24 +135,22 @@ class Convolution:
 
     def _by_phases(self, weight: jax.Array) -> jax.Array:
         """From ``[taps, in, out]`` to a kernel ``[steps, out, phases and in]`` that runs backwards."""
-        rank, out = self.rank, weight.shape[-1]
-        fill = [(0, m * n - k) for m, n, k in zip(self.steps, self.phases, self.taps, strict=True)]
+        rank, features, out = self.rank, *weight.shape[-2:]
         split = [size for pair in zip(self.steps, self.phases, strict=True) for size in pair]
-        kernel = jnp.pad(weight, [*fill, (0, 0), (0, 0)]).reshape(*split, self.features, out)
+        kernel = jnp.pad(weight, [*self.fill, (0, 0), (0, 0)]).reshape(*split, features, out)
         steps, phases = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
         kernel = jnp.flip(kernel, steps).transpose(*steps, 2 * rank + 1, *phases, 2 * rank)
-        return kernel.reshape(*self.steps, out, math.prod(self.phases) * self.features)
+        return kernel.reshape(*self.steps, out, math.prod(self.phases) * features)
 
     def _spread_by_phases(self, coming: jax.Array, weight: jax.Array) -> tuple[jax.Array, list[int]]:
         """For those ``q`` alone that nothing cuts off, and the first of them."""
-        padding, sizes = [low for low, _ in self.padding], coming.shape[1:-1]
-        start = [low // s for low, s in zip(padding, self.strides, strict=True)]
-        end = [(n + low - 1) // s + 1 for n, low, s in zip(self.places, padding, self.strides, strict=True)]
-        sides = zip(start, end, self.steps, sizes, strict=True)
+        start = [low // s for low, s in zip(self.low, self.strides, strict=True)]
+        end = [(n + low - 1) // s + 1 for n, low, s in zip(self.places, self.low, self.strides, strict=True)]
+        sides = zip(start, end, self.steps, coming.shape[1:-1], strict=True)
         coming, around = _with_room(coming, [(m - 1 - a, b - n) for a, b, m, n in sides], self.steps)
         kernel, ones = self._by_phases(weight), [1] * self.rank
         spread = lax.conv_general_dilated(coming, kernel, ones, around, dimension_numbers=self._layout(), **self.how)
-        return spread.reshape(*spread.shape[:-1], *self.phases, self.features), start
+        return spread.reshape(*spread.shape[:-1], *self.phases, weight.shape[-2]), start
 
     def _spread_depthwise(self, coming: jax.Array, weight: jax.Array) -> jax.Array:
         padded = _pad(coming, [(m - 1, m - 1) for m in self.steps])
@@ -162,7 +175,7 @@ class Convolution:
         spread = jnp.pad(spread, [*[(0, 0)] * (rank + 1), *unreached, (0, 0)])
         order = [axis for d in range(rank) for axis in (1 + d, 1 + rank + d)]
         spread = spread.transpose(0, *order, 2 * rank + 1)
-        return spread.reshape(samples, *(q * s for q, s in zip(places, self.strides, strict=True)), self.features)
+        return spread.reshape(samples, *(q * s for q, s in zip(places, self.strides, strict=True)), spread.shape[-1])
 
 
 def _last(x: jax.Array, spec: Sequence[int]) -> jax.Array:

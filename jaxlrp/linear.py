@@ -12,7 +12,9 @@ added to ``b``. Weightless sums have ``w`` equal to their constant factor: 1, or
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +47,7 @@ class LinearMap:
         positive: whether relevance is known to come only where the output is positive (a relu alone reads it).
         stand_in: the same number as ``output`` wherever relevance comes, made of what is kept in any case (behind a
             relu ``max(z, 0)``); or None.
+        stack: the axes along which several ``x`` and ``w`` may be put together, where that is faster; or None.
         product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
     """
 
@@ -58,8 +61,26 @@ class LinearMap:
     nonnegative: bool = False
     positive: bool = False
     stand_in: jax.Array | None = None
+    stack: tuple[int, int] | None = None
     product: bool = False
     exact: bool = True
+
+    def apply_all(self, parts: Sequence[tuple[Arrays, Arrays]]) -> jax.Array:
+        """``Σ f(x, w)`` over pairs of inputs and weights."""
+        if self.stack is None or len(parts) == 1:
+            return functools.reduce(operator.add, [self.apply(x, w) for x, w in parts])
+        of_x, of_w = self.stack
+        x = jnp.concatenate([x for (x,), _ in parts], of_x)
+        w = jnp.concatenate([w for _, (w,) in parts], of_w)
+        return self.apply((x,), (w,))
+
+    def transpose_all(self, weights: Sequence[Arrays], s: jax.Array) -> list[Arrays]:
+        """``fᵀ`` of one ``s`` with each of several weights."""
+        if self.stack is None or len(weights) == 1:
+            return [self.transpose(w, s) for w in weights]
+        of_x, of_w = self.stack
+        (back,) = self.transpose((jnp.concatenate([w for (w,) in weights], of_w),), s)
+        return [(part,) for part in jnp.split(back, len(weights), of_x)]
 
 
 class OneChannel(NamedTuple):
@@ -129,6 +150,7 @@ class LinearSpec:
             nonnegative=nonnegative,
             positive=positive,
             stand_in=stand_in,
+            stack=core.stack,
             product=core.product,
         )
 
@@ -392,7 +414,8 @@ class Core(NamedTuple):
     constant: jax.Array | None = None
     # (w, s) -> fᵀ, where jax's own is not the best
     transpose: Callable[[Arrays, jax.Array], Arrays] | None = None
-    product: bool = False  # see `LinearMap`
+    stack: tuple[int, int] | None = None  # see `LinearMap`
+    product: bool = False
 
 
 def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
@@ -415,6 +438,7 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
         (weight,),
         (lambda x, w: convolution.apply(*_promoted(x[0], w[0]))) if convolution.applies else apply,
         transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.transposes else None,
+        stack=convolution.stack,
         product=not convolution.depthwise,
     )
 

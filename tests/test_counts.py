@@ -141,3 +141,24 @@ def test_a_sweep_of_gammas_shares_all_weights():
     one = jax.jit(lambda: explain(0.25))()  # a number known to the compiler goes into the weights
     atol = 1e-6 * float(jnp.abs(one).max())
     assert jnp.allclose(sweep(jnp.array([0.1, 0.25, 1.0]))[1], one, rtol=1e-4, atol=10 * atol)
+
+
+@pytest.mark.parametrize(
+    ("rule", "few", "many"),
+    [
+        (jaxlrp.ZPlus(), 3, 5),  # forward; both parts of the input summed; both back
+        (jaxlrp.ZBox(-3.0, 3.0), 3, 5),
+        (jaxlrp.AlphaBeta(2.0, 1.0), 5, 9),
+        (jaxlrp.Gamma(0.25), 4, 7),
+    ],
+    ids=str,
+)
+def test_both_signs_of_an_image_go_through_one_product(rule, few, many):
+    for features, want in ((3, few), (16, many)):
+        x = jax.random.normal(jax.random.key(0), (2, 9, 9, features))
+        w = jax.random.normal(jax.random.key(1), (3, 3, features, 8))
+
+        def conv(w, x):
+            return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        assert products(jaxlrp.lrp(conv, jaxlrp.Composite.uniform(rule), argnums=1), w, x) == want

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,12 +132,13 @@ class ZBox(Rule, kw_only=True):
         return corner(self.low, "low"), corner(self.high, "high")
 
     def _sums(self, call: LayerCall) -> tuple[jax.Array, Arrays, Arrays, Callable[[jax.Array], Any]]:
-        f, w, x = call.linear.apply, call.linear.weights, call.linear.inputs
+        linear = call.linear
+        w, x = linear.weights, linear.inputs
         low, high = self._box(call)
         up, down = tuple(jnp.maximum(a, 0.0) for a in w), tuple(jnp.minimum(a, 0.0) for a in w)
         above, below = (
             tuple(a - b for a, b in zip(x, low, strict=True)),
             tuple(a - b for a, b in zip(x, high, strict=True)),
         )
-        back = call.linear.transpose
-        return f(above, up) + f(below, down), above, below, lambda s: (back(up, s), back(down, s))
+        sums = linear.apply_all([(above, up), (below, down)])
+        return sums, above, below, functools.partial(linear.transpose_all, (up, down))

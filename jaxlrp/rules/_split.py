@@ -266,13 +266,13 @@ def _bias(linear: LinearMap) -> jax.Array:
 
 def _sums(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
     """``Σ_i p c⁺ + n c⁻`` for every output."""
-    terms = [linear.apply(x, w) for x, w in _parts(linear, p, n)]
-    return functools.reduce(operator.add, terms)
+    return linear.apply_all(_parts(linear, p, n))
 
 
 def _pull(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> list[Term]:
     """``Σ_j (p c⁺_ij + n c⁻_ij) s_j`` for every input, as products of inputs and slopes that are to be added up."""
-    return [(x, linear.transpose(w, s)) for x, w in _parts(linear, p, n)]
+    inputs, weights = zip(*_parts(linear, p, n), strict=True)
+    return list(zip(inputs, linear.transpose_all(weights, s), strict=True))
 
 
 def _added(terms: Sequence[Arrays]) -> Arrays:
