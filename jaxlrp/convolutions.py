@@ -17,8 +17,8 @@ elementwise products. XLA's convolutions on a CPU take many times as long as tha
 handed back through several kernels is one to all their features. Images have 3, for which XLA's convolutions take
 nearly as long as for 6: `stack` says along which axes to put inputs and kernels together.
 
-**One place each.** A 1 × 1 kernel is a matrix product over the features. XLA's convolutions of few places and many
-features take up to twice as long.
+**One place each.** A 1 × 1 kernel without strides or padding is a matrix product over the features. XLA's convolutions
+of few places and many features take up to half as long again.
 
 `benchmarks/convolutions.py` measures them.
 """
@@ -44,7 +44,8 @@ _MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
 class Convolution:
     """A convolution's parameters and shapes, in one layout: samples first, features last.
 
-    Where it ``applies`` or ``transposes`` better than jax, it says so.
+    Where it ``applies`` or ``transposes`` better than jax, it says so. Kernels may have more input features than the
+    layer has, where several are put together.
 
     Args:
         params: as of ``lax.conv_general_dilated_p``.
@@ -68,7 +69,7 @@ class Convolution:
         single = groups == self.features == kernel[numbers.rhs_spec[0]]
         self.depthwise = plain and single and math.prod(self.taps) <= _MOST
         # Not all phases may have as many: zeros in front of the kernel or behind it. In front, if that lets the first
-        # phase begin where x does, so that nothing need be cut off.
+        # phase begin where x does, so that nothing need be cut off. (Depthwise kernels are not filled up.)
         room = [m * n - k for m, n, k in zip(self.steps, self.phases, self.taps, strict=True)]
         ahead = [0 if self.depthwise else -low % s for (low, _), s in zip(self.padding, self.strides, strict=True)]
         self.fill = [(a, r - a) if a <= r else (0, r) for a, r in zip(ahead, room, strict=True)]

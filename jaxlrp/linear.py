@@ -45,8 +45,8 @@ class LinearMap:
         exact: whether ``output`` is ``f(x, w) + b``; not so once a rule has replaced inputs or weights.
         nonnegative: whether the inputs are known never to be negative (they come out of a relu, a softmax, ...).
         positive: whether relevance is known to come only where the output is positive (a relu alone reads it).
-        stand_in: the same number as ``output`` wherever relevance comes, made of what is kept in any case (behind a
-            relu ``max(z, 0)``); or None.
+        stand_in: ``output`` as it is wherever relevance comes, made of what others read too (behind a relu
+            ``max(z, 0)``); or None.
         stack: the axes along which several ``x`` and ``w`` may be put together, where that is faster; or None.
         product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
     """

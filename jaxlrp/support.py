@@ -12,9 +12,8 @@ from collections.abc import Mapping
 
 from .composites import Assignment, Assignments
 from .graph import Program, Value, wide_dtype
-from .layers import Layer
 from .remat import Blocks
-from .rules import Pass, Route, Rule, Zero
+from .rules import AlphaBeta, Epsilon, Gamma, Norm, Pass, Route, Rule, Zero, ZPlus
 from .rules._pool import is_window_pick
 
 
@@ -50,33 +49,51 @@ def rectified_values(
 def summands(
     program: Program, assignments: Assignments, rectified: Mapping[Value, Value], blocks: Blocks
 ) -> dict[Value, tuple[Value, Value]]:
-    """For a value ``b`` that only a sum ``a + b`` reads: what gives it back wherever relevance comes, a sum less ``a``.
+    """For a value ``b`` that only a sum ``a + b`` reads: what gives it back wherever relevance comes, a sum and ``a``.
 
     Relevance comes to a sum behind a relu only where the relu hands it on, so that ``b = relu(a + b) - a`` there, up to
-    rounding: ``b`` itself need not be kept. One summand of each sum, that of which the other is read elsewhere too.
+    rounding of the size of ``a``: ``b`` itself need not be kept. One summand of each sum, if possible such that the
+    other is kept in any case.
+
+    Rounding is harmless to the rules in `_NORMALISING` alone: what they hand out is as large as what they are handed.
+    Others, told a relevance that is not quite 0 where ``b`` is, would divide it by that 0.
     """
+    maker = {v: a for a in assignments for v in a.layer.outputs}
     found: dict[Value, tuple[Value, Value]] = {}
     for layer, rule in ((a.layer, a.rule) for a in assignments):
         whole = rectified.get(layer.outputs[0])
         if whole is None or layer.op != "add" or len(layer.inputs) != 2 or not _splits_by_value(rule):
             continue
-
-        def only_here(value: Value, layer: Layer = layer) -> bool:
-            return program.consumers[value] == list(layer.equations) and value not in program.outputs
-
-        for value, other in sorted(itertools.permutations(layer.inputs), key=lambda pair: only_here(pair[1])):
-            made_by = program.producer.get(value)
-            here = made_by is not None and blocks.get(made_by) is blocks.get(layer.equations[-1])
+        pairs = list(itertools.permutations(layer.inputs))
+        for value, other in sorted(pairs, key=lambda pair: _read_once(program, pair[1])):  # True comes last
+            made = maker.get(value)
             alike = value.shape == other.shape == whole.shape and value.dtype == other.dtype == whole.dtype
-            if only_here(value) and here and alike and wide_dtype(value.dtype) == value.dtype:
+            if made is None or not alike or wide_dtype(value.dtype) != value.dtype or not _read_once(program, value):
+                continue
+            here = blocks.get(made.layer.equations[-1]) is blocks.get(layer.equations[-1])
+            if here and made.layer.linear is not None and _normalises(made.rule):
                 found[value] = whole, other
                 break
     return found
 
 
+def _read_once(program: Program, value: Value) -> bool:
+    return len(program.consumers[value]) == 1 and value not in program.outputs
+
+
+_NORMALISING = (Zero, Epsilon, Norm, ZPlus, AlphaBeta, Gamma)
+
+
+def _normalises(rule: Rule) -> bool:
+    """Whether a rule hands out relevance in shares that stay bounded, or reads R / z instead of dividing."""
+    if not isinstance(rule, _NORMALISING) or type(rule) not in _NORMALISING:
+        return False
+    return rule.bias == "absorb" and not rule.norm_scale and not callable(rule.epsilon)
+
+
 def _splits_by_value(rule: Rule) -> bool:
     """Whether it is the epsilon rule: a summand gets its value times what it has in common with the other."""
-    return rule.proportional and isinstance(rule, Zero) and type(rule).shares is Zero.shares
+    return type(rule) in (Zero, Epsilon, Norm)
 
 
 def _hands_on(assignment: Assignment, behind: bool) -> tuple[bool, bool]:

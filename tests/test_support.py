@@ -243,3 +243,38 @@ def test_a_summand_is_kept_if_a_rule_reads_it_elsewhere(rule):
     epsilon = jaxlrp.Composite.uniform(jaxlrp.Epsilon())
     assert len(summands(forward(Sums(), epsilon))) == 1
     assert not summands(forward(Sums(), epsilon.extend((jaxlrp.kind("sum"), rule))))
+
+
+@pytest.mark.parametrize("rule", [jaxlrp.Epsilon(), jaxlrp.Zero()], ids=str)
+@pytest.mark.parametrize("act", [jax.nn.relu, jnp.tanh, jax.nn.silu])
+def test_what_is_no_linear_layer_gets_no_rounding_of_a_summand_for_relevance(rule, act, rng):
+    def model(x, y, w):
+        return jax.nn.relu(act(y @ w) + x * 3.1).sum(-1, keepdims=True)
+
+    x, y, w = (rng.normal(size=shape) * scale for shape, scale in (((64, 64), 10), ((64, 64), 1), ((64, 64), 0.1)))
+    explain = jax.jit(jaxlrp.lrp(model, jaxlrp.Composite.uniform(rule), argnums=(0, 1)))
+    single = explain(*(jnp.asarray(a, jnp.float32) for a in (x, y, w)))
+    with jax.enable_x64(True):
+        double = [np.asarray(r) for r in explain(*map(jnp.asarray, (x, y, w)))]
+    for a, b in zip(single, double, strict=True):
+        assert np.abs(np.asarray(a) - b).max() < 1e-5 * np.abs(b).max()
+
+
+class Half(jaxlrp.SplitRule):
+    def shares(self, relevance, z):
+        return [(0.5 * relevance, 1.0, 1.0), (0.5 * relevance, 1.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Half(),
+        jaxlrp.Flat(),
+        jaxlrp.Epsilon(norm_scale=True),
+        jaxlrp.Epsilon(lambda z: 0.1 * jnp.abs(z)),
+        jaxlrp.Epsilon(bias="ignore"),
+    ],
+)
+def test_a_summand_is_kept_if_rounding_could_hurt_its_rule(rule):
+    epsilon = jaxlrp.Composite.uniform(jaxlrp.Epsilon())
+    assert not summands(forward(Sums(), epsilon.extend((jaxlrp.kind("linear"), rule))))

@@ -50,7 +50,7 @@ class Known:
         positive: values to which relevance comes only where they are positive: a rule need not think of the rest.
         rectified: for some of them the relu of it: the same number wherever relevance comes.
         summands: for some values a sum and its other summand: the difference is the same number wherever relevance
-            comes, up to the sum's rounding.
+            comes, up to rounding of the size of the other.
         constant: values that are made only of what a `Constant` rule declared constant.
     """
 
@@ -130,7 +130,7 @@ class LayerCall:
 
     @property
     def _stand_in(self) -> jax.Array | None:
-        """What is the output wherever relevance comes, made of values that are kept in any case."""
+        """The output as it is wherever relevance comes, made of values that others read too."""
         value = self.layer.outputs[0]
         if value in self.known.rectified:
             return widen(read(self.env, self.known.rectified[value]))
@@ -143,8 +143,8 @@ class LayerCall:
         return whole - other
 
     @property
-    def summands(self) -> Arrays:
-        """The inputs of a sum as they are wherever relevance comes, made of values that are kept in any case."""
+    def input_stand_ins(self) -> Arrays:
+        """The inputs, those of a sum as they are wherever relevance comes (see `Known`)."""
         pairs = zip(self.layer.inputs, self.inputs, strict=True)
         return tuple(self._difference(v) if v in self.known.summands else x for v, x in pairs)
 

@@ -147,7 +147,7 @@ class SplitRule(Rule, kw_only=True):
         product = terms[0][1][0] if own.product else None  # the first transpose
         if all(x is own.inputs for x, _ in terms):
             slopes = _added([g for _, g in terms])
-            return Handed(times(call.summands, slopes), slopes, product)
+            return Handed(times(call.input_stand_ins, slopes), slopes, product)
         return Handed(_added([times(x, g) for x, g in terms]), (), product)
 
     def _again(self, call: LayerCall) -> bool:
@@ -179,7 +179,8 @@ class SplitRule(Rule, kw_only=True):
         if new is own:
             return own
         same = new.inputs is own.inputs
-        return dataclasses.replace(new, exact=False, nonnegative=own.nonnegative and same)
+        stack = own.stack if (new.apply, new.transpose) == (own.apply, own.transpose) else None
+        return dataclasses.replace(new, exact=False, nonnegative=own.nonnegative and same, stack=stack)
 
     def modify(self, linear: LinearMap) -> LinearMap:
         """Other inputs, weights or bias to compute contributions from; the layer's own by default."""
