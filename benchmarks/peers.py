@@ -34,7 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,8 +164,10 @@ class Row(NamedTuple):
     versions: dict[str, str]
 
 
-def measure(name: str, case: Case, wanted: set[str], python: str, rounds: int) -> Iterator[Row | str]:
-    """The rows of one network, or for a peer that does not run the reason."""
+def measure(
+    name: str, case: Case, peers: Sequence[str], methods: Sequence[str], python: str, rounds: int
+) -> Iterator[Row | str]:
+    """The rows of one network for these peers and methods (all if none is named), or why a peer does not run."""
 
     def gradient(params: Any, x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: case.run(params, x)[:, TARGET].sum())(x)
@@ -183,7 +185,7 @@ def measure(name: str, case: Case, wanted: set[str], python: str, rounds: int) -
                 raise PeerError(f"{name}: its twin is another network, their outputs are {off:.0e} off")
         with start("gradient", timed=bool(rounds)) as torch_own:
             for (library, method), composite in case.composites.items():
-                if wanted and not wanted & {library, method}:
+                if not (library in (peers or [library]) and method in (methods or [method])):
                     continue
                 explain = jaxlrp.lrp(case.run, composite, argnums=1, target=TARGET)
                 ours = compiled(explain, case.params, case.x)
@@ -252,7 +254,7 @@ def main() -> int:
         if arguments.network and not name.startswith(tuple(arguments.network)):
             continue
         for found in measure(
-            name, make(), set(arguments.peer + arguments.composite), arguments.peer_python, arguments.rounds
+            name, make(), arguments.peer, arguments.composite, arguments.peer_python, arguments.rounds
         ):
             if isinstance(found, Row):
                 print("  ".join(found.cells), file=sys.stderr, flush=True)  # the table takes minutes to be whole
