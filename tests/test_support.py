@@ -217,6 +217,9 @@ def test_a_block_does_not_keep_a_sum_for_another_one():
 
 @pytest.mark.parametrize("rule", [jaxlrp.Epsilon(), jaxlrp.ZPlus(), jaxlrp.AlphaBeta(2.0, 1.0)], ids=str)
 def test_of_a_residual_block_two_arrays_are_kept(rule):
+    if jax.__version_info__ < (0, 12) and not isinstance(rule, jaxlrp.Epsilon):
+        pytest.skip("XLA of old takes barriers away, and keeps what only these rules need")
+
     def temporary(blocks):
         def model(x, weights):
             for a, b in weights:
