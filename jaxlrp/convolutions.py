@@ -14,8 +14,8 @@ one phase, and the kernel merely runs backwards; written out so, it keeps XLA's 
 elementwise products. XLA's convolutions on a CPU take many times as long as that.
 
 **Few features.** Several inputs with a kernel each, summed, are one convolution of all their features; one output
-handed back through several kernels is one to all their features. Images have 3, for which XLA's convolutions take
-nearly as long as for 6: `stack` says along which axes to put inputs and kernels together.
+handed back through several kernels is one to all their features. Images have 3, too few to fill the registers of a CPU:
+`stack` says along which axes to put inputs and kernels together.
 
 **One place each.** A 1 × 1 kernel without strides or padding is a matrix product over the features. XLA's convolutions
 of few places and many features take up to half as long again.
@@ -36,8 +36,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_FEW = 8  # input features up to which phases beat zeros although they pad the kernel to a multiple of the stride, and
-# several inputs are run together
+# Input features up to which phases beat zeros although they pad the kernel to a multiple of the stride, and up to which
+# several inputs are run together.
+_FEW = 8
 _MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
 
 
@@ -74,14 +75,15 @@ class Convolution:
         ahead = [0 if self.depthwise else -low % s for (low, _), s in zip(self.padding, self.strides, strict=True)]
         self.fill = [(a, r - a) if a <= r else (0, r) for a, r in zip(ahead, room, strict=True)]
         self.low = [low + a for (low, _), (a, _) in zip(self.padding, self.fill, strict=True)]
-        one = plain and groups == 1
+        ungrouped = plain and groups == 1
         few = self.features <= _FEW
         small = few or max(self.steps, default=1) == 1
         dense = max(self.strides, default=1) == 1
-        self.transposes = self.depthwise or (one and (small or dense))
-        self.stack = (numbers.lhs_spec[1], numbers.rhs_spec[1]) if one and few and not self.depthwise else None
+        self.transposes = self.depthwise or (ungrouped and (small or dense))
+        stacks = ungrouped and few and not self.depthwise
+        self.stack = (numbers.lhs_spec[1], numbers.rhs_spec[1]) if stacks else None
         pointwise = {*self.taps, *self.strides} <= {1} and not any(itertools.chain(*self.padding))
-        self.applies = self.depthwise or (one and pointwise)
+        self.applies = self.depthwise or (ungrouped and pointwise)
 
     @property
     def rank(self) -> int:
