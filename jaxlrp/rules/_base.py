@@ -207,8 +207,9 @@ def when(relevance: Any, values: Any, since: jax.Array | None = None) -> tuple[A
     awaited: jax.Array = since if near else _corner(first)  # type: ignore[assignment]
     # XLA drops a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
     values, awaited = lax.optimization_barrier((values, lax.stop_gradient(awaited)))
+    corner = _corner(awaited)
     # Without NaN, which would reach all of the sample.
-    nothing = jnp.minimum(jnp.abs(jnp.nan_to_num(_corner(awaited))), 0.0)
+    nothing = jnp.minimum(jnp.abs(jnp.where(jnp.isnan(corner), 0.0, corner)), 0.0)
     nothing = nothing.reshape([*first.shape[:1], *[1] * (first.ndim - 1)])
     return jax.tree.map(lambda r: r + nothing.astype(r.dtype), relevance), values
 
@@ -377,8 +378,10 @@ def stabilise(
         epsilon = epsilon(z)
     if norm_scale:
         epsilon = epsilon * jnp.sqrt(jnp.mean(jnp.square(z), axis=features, keepdims=True))
-    sign = jnp.where(z >= 0, 1.0, -1.0).astype(z.dtype)
-    return sign * jnp.maximum(jnp.abs(z), epsilon) if clip else z + jnp.asarray(epsilon, z.dtype) * sign
+    epsilon = jnp.asarray(epsilon, z.dtype)
+    if clip:
+        return jnp.where(z >= 0, jnp.maximum(z, epsilon), jnp.minimum(z, -epsilon))
+    return z + jnp.where(z >= 0, epsilon, -epsilon)
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
