@@ -1,5 +1,5 @@
 """How the cost of relevance grows: with the batch, depth, blocks run again, width, targets, gammas, captured layers,
-chunks and devices.
+chunks and devices, and what a setting of the system's malloc spares.
 
     python benchmarks/scaling.py [--section NAME ...] [--rounds N]
 
@@ -10,8 +10,10 @@ times are medians. "of gradient" is the ratio to the jitted input gradient of th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -260,8 +262,53 @@ def _on_devices(count: int, rounds: int) -> str:
     return f"{_ms(seconds)}|{local}|{collectives}|{difference:.0e}"
 
 
+KEEPING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+def malloc(rounds: int) -> Table:
+    """On Linux: temporary memory given back to the system after every call, and kept (docs/devices.md)."""
+    found: dict[str, list[dict[str, list[float]]]] = {"given back": [], "kept": []}
+    for _ in range(2):  # in turn, as far as processes can be
+        for name, settings in (("given back", {}), ("kept", KEEPING)):
+            call = [sys.executable, __file__, "--faults", "--rounds", str(rounds)]
+            done = subprocess.run(call, env=os.environ | settings, capture_output=True, text=True, check=True)
+            found[name].append(json.loads(done.stdout))
+    rows = []
+    for program in found["kept"][0]:
+        seconds = {name: statistics.mean(run[program][0] for run in runs) for name, runs in found.items()}
+        for name, runs in found.items():
+            faults = statistics.mean(run[program][1] for run in runs)
+            rows.append(
+                [program, name, f"{faults:.0f}", _ms(seconds[name]), f"{seconds[name] / seconds['given back']:.2f}x"]
+            )
+    return Table(("ResNet50, batch 8", "memory", "page faults", "time", "of given back"), rows)
+
+
+def _faults(rounds: int) -> dict[str, list[float]]:
+    """Seconds and page faults of a call, by program, in a process with settings of its own."""
+    import resource  # not on Windows
+
+    def page_faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    case = _case(networks.ResNet50(), 8, 224, 224, 3)
+    programs = {
+        "gradient": _gradient(case),
+        "Epsilon": _relevance(case, jaxlrp.Composite.uniform(jaxlrp.Epsilon())),
+    }
+    seconds = interleaved(programs, rounds)
+    found = {}
+    for name, program in programs.items():
+        jax.block_until_ready(program.call())
+        before = page_faults()
+        jax.block_until_ready(program.call())
+        found[name] = [seconds[name], page_faults() - before]
+    return found
+
+
 SECTIONS: dict[str, Callable[[int], Table]] = {
-    section.__name__: section for section in (batch, depth, remat, width, targets, gammas, capture, stream, devices)
+    section.__name__: section
+    for section in (batch, depth, remat, width, targets, gammas, capture, stream, devices, malloc)
 }
 
 
@@ -271,7 +318,11 @@ def main() -> None:
     parser.add_argument("--section", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--on-devices", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.faults:
+        print(json.dumps(_faults(arguments.rounds)))
+        return
     if arguments.on_devices:
         print(_on_devices(arguments.on_devices, arguments.rounds))
         return
