@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from . import _compat
+from ._pytree import PyTreeNode
 from .composites import Assignment, Composite
 from .errors import ConservationError, InputError
 from .fold import Relevances, Step, at
@@ -22,7 +23,7 @@ from .targets import seed
 from .transform import Forward, Setup
 
 
-class Ledger(struct.PyTreeNode):
+class Ledger(PyTreeNode):
     """Relevance in and out of every layer, from the output down to the input, and the names of what was lost.
 
     Every number is a sum over all positions (and over the batch; use `jax.vmap` for one ledger a sample). Prints as a

@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from . import _compat
+from ._pytree import PyTreeNode
 from .errors import InputError
 
 Target = Callable[[Any], Any]
 
 
-class ClassTarget(struct.PyTreeNode):
+class ClassTarget(PyTreeNode):
     """A target made of class indices, each one integer or one per sample."""
 
     def __call__(self, output: jax.Array) -> jax.Array:

@@ -256,6 +256,21 @@ def test_a_new_number_in_a_rule_does_not_recompile(make: Any, rng: np.random.Gen
     close(second, jaxlrp.lrp(mlp, make(1.5), argnums=1)(params, x))
 
 
+def test_jit_tells_rules_and_targets_apart() -> None:
+    """Not by their hash alone: of two structures that are equal `jit` may take either one's program."""
+
+    class Mine(Epsilon):
+        pass
+
+    rules: list[Any] = [Epsilon(), Mine(), ZPlus(), jaxlrp.Flat(), jaxlrp.WSquare(), jaxlrp.Pass(), jaxlrp.Route()]
+    rules += [jaxlrp.EqualShare(), jaxlrp.HoldScale(), jaxlrp.Gradient(), jaxlrp.GuidedReLU(), jaxlrp.DeconvNetReLU()]
+    targets = [make(1) for make in (jaxlrp.targets.logit, jaxlrp.targets.softmax, jaxlrp.targets.one_hot)]
+    for one, other in itertools.combinations([*rules, *map(Composite.uniform, rules), *targets], 2):
+        assert jax.tree.structure(one) != jax.tree.structure(other), f"{one} and {other}"
+    assert jax.tree.structure(Epsilon(0.1)) == jax.tree.structure(Epsilon(0.2))
+    assert jax.tree.structure(Epsilon(clip=True)) != jax.tree.structure(Epsilon())
+
+
 def test_new_parameters_do_not_recompile(rng: np.random.Generator) -> None:
     params, x = mlp_case(rng)
     explain = jax.jit(jaxlrp.lrp(mlp, Epsilon(), argnums=1))

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
 from .. import _primitives as P
+from .._pytree import PyTreeNode
 from ..errors import RuleError
 from ..graph import Equation, Value, read, widen
 from ..layers import Layer
@@ -247,7 +247,7 @@ class _Scales:
 _LINEAR = P.ADD | P.SUB | P.NEG | P.CAST | P.MOVE | P.SUMMING
 
 
-class Rule(struct.PyTreeNode):
+class Rule(PyTreeNode):
     """How a layer hands the relevance of its outputs to its inputs.
 
     A rule is a frozen dataclass and a pytree: its numbers are leaves, so that `jax.jit` does not compile anew for
