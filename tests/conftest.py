@@ -12,8 +12,11 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # counted in it, stays as optimised as a user's.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -39,6 +42,32 @@ def x64() -> Iterator[None]:
     """Run the test in double precision; arrays made outside of the test keep theirs."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def no_compiling() -> Callable[[], AbstractContextManager[None]]:
+    """Return a context that fails if jax traces, lowers or compiles anything within.
+
+    It listens to what jax reports. The size of a function's cache would not do: all functions of a process
+    share room for 8192 programs, and once that is full, a new function's cache stays empty.
+    """
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        events: list[str] = []
+
+        def listen(event: str, seconds: float, **details: Any) -> None:
+            if event.startswith("/jax/core/compile/"):
+                events.append(f"{event} {details.get('fun_name')}")
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert not events, "\n".join(events)
+
+    return context
 
 
 @pytest.fixture

@@ -269,14 +269,15 @@ def test_nnx_takes_state_or_module(cases: dict[str, Case], x: jax.Array) -> None
         close(call(), want)
 
 
-def test_nnx_weights_are_read_when_called_not_when_built(tree: dict[str, Any], x: jax.Array) -> None:
+def test_nnx_weights_are_read_when_called_not_when_built(tree: dict[str, Any], x: jax.Array, no_compiling: Any) -> None:
     model = nnx_net(tree)
     explain = jax.jit(jaxlrp.lrp(model, jaxlrp.EpsilonPlus()))
     before = explain(nnx.state(model), x)
     model.head.kernel[...] = 2.0 * model.head.kernel[...]
-    after = explain(nnx.state(model), x)
+    state = nnx.state(model)
+    with no_compiling():
+        after = explain(state, x)
     assert float(jnp.abs(after - before).max()) > 1e-3
-    assert explain._cache_size() == 1
 
 
 def test_nnx_explanation_leaves_the_module_as_it_was(tree: dict[str, Any], x: jax.Array) -> None:
