@@ -28,8 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,33 +103,36 @@ class Convolution:
         """``z[o] = Σ_t w[t] x[s o + t]``."""
         numbers = self.numbers
         padded = _pad(_last(x, numbers.lhs_spec), self.padding)
-        weight = self._kernel(weight)
         ends = [n - k for n, k in zip(padded.shape[1:], self.taps, strict=False)]
         sizes = [end // s + 1 for end, s in zip(ends, self.strides, strict=True)]
-        shifts = [(tap, weight[tap]) for tap in itertools.product(*map(range, self.taps))]
-        return _first(_shifted(padded, shifts, sizes, self.strides), numbers.out_spec)
+        return _first(_shifted(padded, self._by_tap(weight).items(), sizes, self.strides), numbers.out_spec)
 
     def transpose(self, weight: jax.Array, coming: jax.Array) -> jax.Array:
         """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``transposes``."""
-        coming, weight = _last(coming, self.numbers.out_spec), self._kernel(weight)
+        coming = _last(coming, self.numbers.out_spec)
         start = [0] * self.rank  # the first q
         if self.depthwise:
             spread = self._spread_depthwise(coming, weight)
         elif max(self.steps, default=1) == 1:
-            last = (((coming.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-            spread = lax.dot_general(coming, weight, last, **self.how)
+            kernel = self._kernel(weight)
+            last = (((coming.ndim - 1,), (kernel.ndim - 1,)), ((), ()))
+            spread = lax.dot_general(coming, kernel, last, **self.how)
         else:
-            spread, start = self._spread_by_phases(coming, weight)
+            spread, start = self._spread_by_phases(coming, self._kernel(weight))
         whole = self._interleaved(spread)
         cut = [low - s * q for low, s, q in zip(self.low, self.strides, start, strict=True)]
         crop = [(-low, n + low - size) for low, n, size in zip(cut, self.places, whole.shape[1:-1], strict=True)]
         return _first(_pad(whole, crop), self.numbers.lhs_spec)
 
     def _kernel(self, weight: jax.Array) -> jax.Array:
-        """As ``[taps, in, out]``, or ``[taps, features]`` where depthwise."""
+        """As ``[taps, in, out]``."""
         out, features, *taps = self.numbers.rhs_spec
-        weight = weight.transpose(*taps, features, out)
-        return weight[..., 0, :] if self.depthwise else weight
+        return weight.transpose(*taps, features, out)
+
+    def _by_tap(self, weight: jax.Array) -> dict[tuple[int, ...], jax.Array]:
+        """Of a depthwise layer: ``[1, features]`` for every tap."""
+        taps = list(itertools.product(*map(range, self.taps)))
+        return dict(zip(taps, lax.split(self._kernel(weight).reshape(len(taps), -1), [1] * len(taps)), strict=True))
 
     def _layout(self) -> lax.ConvDimensionNumbers:
         images = (0, self.rank + 1, *range(1, self.rank + 1))
@@ -156,7 +158,7 @@ class Convolution:
         return spread.reshape(*spread.shape[:-1], *self.phases, weight.shape[-2]), start
 
     def _spread_depthwise(self, coming: jax.Array, weight: jax.Array) -> jax.Array:
-        padded = _pad(coming, [(m - 1, m - 1) for m in self.steps])
+        padded, by_tap = _pad(coming, [(m - 1, m - 1) for m in self.steps]), self._by_tap(weight)
         sizes = [n + m - 1 for n, m in zip(coming.shape[1:], self.steps, strict=False)]
         of_phase = []
         for phase in itertools.product(*map(range, self.phases)):
@@ -165,7 +167,7 @@ class Convolution:
             shifts = []
             for along in itertools.product(*pairs):
                 offset = tuple(last - 1 - m for last, (m, _) in zip(self.steps, along, strict=True))
-                shifts.append((offset, weight[tuple(tap for _, tap in along)]))
+                shifts.append((offset, by_tap[tuple(tap for _, tap in along)]))
             of_phase.append(_shifted(padded, shifts, sizes, [1] * self.rank))
         stacked = jnp.stack(of_phase, axis=-2)
         return stacked.reshape(*stacked.shape[:-2], *self.phases, self.features)
@@ -214,15 +216,16 @@ def _with_room(
 
 def _shifted(
     x: jax.Array,
-    shifts: Sequence[tuple[tuple[int, ...], jax.Array]],
+    shifts: Iterable[tuple[tuple[int, ...], jax.Array]],
     sizes: Sequence[int],
     strides: Sequence[int],
 ) -> jax.Array:
-    """``Σ w x[offset + stride · place]`` over pairs ``(offset, w)``, for ``sizes`` places."""
+    """``Σ w x[offset + stride · place]`` over pairs of offset and ``w [1, features]``, for ``sizes`` places."""
     x = lax.optimization_barrier(x)  # XLA would compute all that comes before once for every shift
-    terms = []
+    shape = (x.shape[0], *sizes, x.shape[-1])
+    terms = []  # in as few operations as can be: there are many, and each takes time to trace, lower and compile
     for offset, weight in shifts:
         end = [a + (n - 1) * s + 1 for a, n, s in zip(offset, sizes, strides, strict=True)]
         part = lax.slice(x, (0, *offset, 0), (x.shape[0], *end, x.shape[-1]), (1, *strides, 1))
-        terms.append(part * weight)
-    return functools.reduce(operator.add, terms)
+        terms.append(lax.mul(part, lax.broadcast_in_dim(weight, shape, (0, len(shape) - 1))))
+    return functools.reduce(lax.add, terms)

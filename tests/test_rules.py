@@ -36,11 +36,11 @@ def flatten(tree: Any) -> np.ndarray:
 
 
 def off(ours: Any, expected: Any) -> float:
-    """Largest absolute difference over largest absolute reference."""
+    """Largest absolute difference over largest absolute reference, which may be 0 throughout."""
     ours, expected = flatten(ours), flatten(expected)
     assert ours.shape == expected.shape
     assert np.isfinite(ours).all()
-    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+    return float(np.abs(ours - expected).max() / (np.abs(expected).max() or 1.0))
 
 
 def explain(rule: jaxlrp.Rule, fun: Callable[..., Any], x: Any, *args: Any, seed: Any = None) -> Any:
@@ -471,6 +471,21 @@ W_CANCELS = np.array([[1.0], [1.0]])
 def test_output_of_exactly_zero(rule: jaxlrp.Rule, expected: list[float]) -> None:
     x = np.array([2.0, -2.0])
     assert explain(rule, lambda x, w: x @ w, x, W_CANCELS, seed=[1.0]).tolist() == expected
+
+
+def test_derivatives_at_an_output_of_exactly_zero() -> None:
+    """Nothing is handed on there, whatever arrives; a quotient that is only hidden would leave NaN behind."""
+
+    def handed(x: jax.Array, arrives: jax.Array) -> jax.Array:
+        weight = jnp.array([[1.0, 2.0], [-1.0, 3.0]])  # [1, 1] gives 0 and 5
+        _, pull = jaxlrp.lrp_vjp(lambda x: x @ weight, x, composite=Zero(bias="ignore"))
+        return (pull(arrives) ** 2).sum()
+
+    at = jnp.array([1.0, 1.0]), jnp.array([7.0, 5.0])
+    np.testing.assert_allclose(handed(*at), 2.0**2 + 3.0**2, rtol=1e-12)
+    for derivative in jax.tree.leaves([jax.grad(handed, (0, 1))(*at), jax.hessian(handed, (0, 1))(*at)]):
+        assert np.isfinite(derivative).all()
+    assert float(jax.grad(handed, 1)(*at)[0]) == 0.0
 
 
 @pytest.mark.parametrize("rule", [Epsilon(0.5), Epsilon(0.5, clip=True), ZPlus(epsilon=0.5)], ids=str)

@@ -207,9 +207,7 @@ def when(relevance: Any, values: Any, since: jax.Array | None = None) -> tuple[A
     awaited: jax.Array = since if near else _corner(first)  # type: ignore[assignment]
     # XLA drops a barrier for what nobody reads, so it is read: as a zero, in a way that XLA does not see through.
     values, awaited = lax.optimization_barrier((values, lax.stop_gradient(awaited)))
-    corner = _corner(awaited)
-    # Without NaN, which would reach all of the sample.
-    nothing = jnp.minimum(jnp.abs(jnp.where(jnp.isnan(corner), 0.0, corner)), 0.0)
+    nothing = _corner(awaited) > jnp.inf  # what no number is, and no NaN
     nothing = nothing.reshape([*first.shape[:1], *[1] * (first.ndim - 1)])
     return jax.tree.map(lambda r: r + nothing.astype(r.dtype), relevance), values
 
@@ -386,9 +384,8 @@ def stabilise(
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """``numerator / denominator`` with 0 where the denominator is 0, in derivatives too."""
-    zero = denominator == 0
     # The quotient comes last: XLA computes it once for all that read it, but what is done to it once for each.
-    return jnp.where(zero, 0.0, numerator) / jnp.where(zero, 1.0, denominator)
+    return numerator / jnp.where(denominator == 0, jnp.inf, denominator)
 
 
 def total(x: jax.Array) -> jax.Array:
