@@ -4,8 +4,11 @@
 
 For every network of speed.py, the gradient and every composite run under jax's profiler, in turn. Printed are the
 milliseconds of one run by kind of operation, and what the products alone are of the gradient's whole time: the ratio
-that would be left if all else cost nothing. All run on one core, so that no two operations run at the same time and
-their sum is the whole. With --top, the slowest operations that are no products are listed as well.
+that would be left if all else cost nothing. How good the products are is told by their operations per second beside
+those of large square matrix products in the same run, which is about the most that the processor can do. (XLA counts
+elementwise operations too; they are many where depthwise layers are sums of shifts, as on EfficientNet.) All run on one
+core, so that no two operations run at the same time and their sum is the whole. With --top, the slowest operations
+that are no products are listed as well.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ PRODUCTS = {"convolution", "dot"}
 POOLS = {"reduce-window", "select-and-scatter"}
 MOVES = {"copy", "transpose", "concatenate", "slice", "pad", "reshape", "bitcast", "broadcast", "reverse", "parameter"}
 KINDS = ("products", "pools", "moves", "other")
+SQUARE = 2048  # rows and columns of the matrices whose product the others are compared with
+TIMES = 16  # how often, so that a core that slows down under load does so there as well
 
 
 class Program(NamedTuple):
@@ -44,6 +49,7 @@ class Program(NamedTuple):
     call: Callable[[], Any]
     kinds: Mapping[str, str]
     names: Mapping[str, str]  # what an operation came from
+    flops: float  # floating point operations of one run, nearly all of them of products
 
 
 def kinds_of(text: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -70,10 +76,18 @@ def kinds_of(text: str) -> tuple[dict[str, str], dict[str, str]]:
 def compiled(function: Callable[..., Any], case: Case) -> Program:
     """Compile for a case's arguments."""
     program = jax.jit(function).lower(case.params, case.x).compile()
-    return Program(lambda: program(case.params, case.x), *kinds_of(program.as_text()))
+    counted: Any = program.cost_analysis()  # declared as anything
+    return Program(lambda: program(case.params, case.x), *kinds_of(program.as_text()), counted["flops"])
 
 
-def operations(program: Program) -> dict[str, float]:
+def square_products() -> Callable[[], Any]:
+    """A run of some large matrix products."""
+    x = jax.random.normal(jax.random.key(0), (SQUARE, SQUARE))
+    program = jax.jit(lambda x: x @ x).lower(x).compile()
+    return lambda: [program(x) for _ in range(TIMES)]
+
+
+def profiled(program: Program) -> dict[str, float]:
     """Seconds of every operation in one run, under the profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -100,14 +114,19 @@ def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> 
             programs[method] = compiled(jaxlrp.lrp(case.run, composite, argnums=1, target=1), case)
     whole: dict[str, list[float]] = collections.defaultdict(list)
     parts: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
+    squares, of_squares = square_products(), []  # seconds
     for round_ in range(rounds + 1):  # the first warms up
         for method, program in programs.items():
             start = time.perf_counter()
+            jax.block_until_ready(squares())
+            between = time.perf_counter()
             jax.block_until_ready(program.call())
             if round_:
-                whole[method].append(time.perf_counter() - start)
-                parts[method].append(operations(program))
+                of_squares.append(between - start)
+                whole[method].append(time.perf_counter() - between)
+                parts[method].append(profiled(program))
     base = statistics.median(whole["gradient"])
+    best = TIMES * 2 * SQUARE**3 / statistics.median(of_squares)
     rows, slowest = [], []
     for method, program in programs.items():
         each = {op: statistics.median([p.get(op, 0.0) for p in parts[method]]) for op in program.kinds}
@@ -115,7 +134,9 @@ def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> 
         time_ = statistics.median(whole[method])
         cells = [name, method, f"{1e3 * time_:.0f} ms", f"{time_ / base:.2f}x"]
         cells += [f"{1e3 * by_kind[kind]:.0f} ms" for kind in KINDS]
-        rows.append([*cells, f"{by_kind['products'] / base:.2f}x"])
+        rate = program.flops / by_kind["products"]
+        cells += [f"{by_kind['products'] / base:.2f}x", f"{1e-9 * program.flops:.0f}"]
+        rows.append([*cells, f"{1e-9 * rate:.0f}", f"{rate / best:.2f}x"])
         ordered = sorted((op for op in each if program.kinds[op] != "products"), key=each.__getitem__, reverse=True)
         slowest += [[name, method, f"{1e3 * each[op]:.1f} ms", op, program.names[op]] for op in ordered[:top]]
     return rows, slowest
@@ -139,7 +160,7 @@ def main() -> None:
             found = measure(name, make(), arguments.composite, arguments.rounds, arguments.top)
             rows += found[0]
             slowest += found[1]
-    head = ("network", "", "time", "of gradient", *KINDS, "products alone")
+    head = ("network", "", "time", "of gradient", *KINDS, "products alone", "Gflop", "Gflop/s", "of squares")
     print(table(head, rows, right=range(2, len(head))))
     if slowest:
         print("\n" + table(("network", "", "time", "operation", "came from"), slowest, right=[2]))
