@@ -176,6 +176,8 @@ class Convolution:
         """From ``[samples, q, φ, features]`` to ``[samples, s q + φ, features]``."""
         rank = self.rank
         samples, *places = spread.shape[: rank + 1]
+        if max(self.strides, default=1) == 1:
+            return spread.reshape(samples, *places, spread.shape[-1])
         unreached = [(0, s - n) for n, s in zip(self.phases, self.strides, strict=True)]
         spread = jnp.pad(spread, [*[(0, 0)] * (rank + 1), *unreached, (0, 0)])
         order = [axis for d in range(rank) for axis in (1 + d, 1 + rank + d)]
@@ -198,6 +200,8 @@ def _first(x: jax.Array, spec: Sequence[int]) -> jax.Array:
 
 def _pad(x: jax.Array, around: Sequence[tuple[int, int]]) -> jax.Array:
     """Zeros around the places; negative numbers cut off."""
+    if not any(itertools.chain(*around)):
+        return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in around), (0, 0, 0)])
 
 
