@@ -156,6 +156,23 @@ def test_calls_with_their_own_derivative_in_16_bits() -> None:
         np.testing.assert_allclose(gradient, want, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_an_output_rounded_to_16_bits_before_a_cast_is_no_sum(dtype: Any, rng: np.random.Generator) -> None:
+    x, w = jnp.abs(jnp.asarray(rng.normal(size=(4, 64)), dtype)), jnp.asarray(rng.normal(size=(64, 32)), dtype)
+    out = jnp.asarray(rng.normal(size=(32, 1)), jnp.float32)
+
+    def hidden(x: Any) -> jax.Array:
+        return jax.nn.relu((x @ w).astype(jnp.float32))
+
+    composite = Composite.uniform(jaxlrp.AlphaBeta(2.0, 1.0)).extend((jaxlrp.last("linear"), jaxlrp.Zero()))
+    relevance = jaxlrp.lrp(lambda x: hidden(x) @ out, composite)(x)
+    parts = x.astype(jnp.float32)[:, :, None] * w.astype(jnp.float32)
+    up, down = jnp.maximum(parts, 0.0), jnp.minimum(parts, 0.0)
+    arrived = (hidden(x) * out[:, 0])[:, None]
+    want = (2 * up * arrived / up.sum(1, keepdims=True) - down * arrived / down.sum(1, keepdims=True)).sum(2)
+    np.testing.assert_allclose(relevance, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
 def test_the_kernel_of_a_convolution_may_be_explained(x64: None) -> None:
     rng = np.random.default_rng(8)
     images, kernel, s = rng.normal(size=(2, 3, 5, 5)), rng.normal(size=(4, 3, 3, 3)), rng.normal(size=4)

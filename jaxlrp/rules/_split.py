@@ -34,6 +34,7 @@ from flax import struct
 from jax import lax
 
 from ..errors import RuleError
+from ..graph import wide_dtype
 from ..linear import LinearMap
 from ._base import (
     Arrays,
@@ -446,7 +447,8 @@ class AlphaBeta(SplitRule, kw_only=True):
         if own and not _is_zero(self.beta):
             relevance = lax.optimization_barrier(relevance)  # XLA would compute it once for each share
         plain = linear.exact and linear.positive and self.bias == "absorb" and not _is_zero(self.beta)
-        rounded = jnp.finfo(call.layer.outputs[0].dtype).bits < 32  # such a z is not the sum of P and N
+        made = [v.dtype for eqn in call.layer.equations for v in eqn.outputs]
+        rounded = any(wide_dtype(dtype) != dtype for dtype in made)  # such a z is not the sum of P and N
         if not plain or rounded or not own:
             yield from super()._flows(call, linear, relevance)
             return
