@@ -93,7 +93,7 @@ def _linen(model: nn.Module) -> Adapted:
         if not isinstance(variables, Mapping):
             raise TypeError(
                 f"explain() of {type(model).__name__} takes its variables first, as model.apply does: "
-                f"explain(params, x), not a {type(variables).__name__}"
+                f"explain(params, x), not {_describe(variables)}"
             )
         with _training_mode_is_an_error(), nn.intercept_methods(_refuse_training):
             return model.apply(variables, *args, **kwargs)
@@ -323,4 +323,4 @@ def _haiku(model: Any) -> Adapted:
 
 def _describe(given: Any) -> str:
     shape = getattr(given, "shape", None)
-    return type(given).__name__ if shape is None else f"an array of shape {tuple(shape)}"
+    return f"a {type(given).__name__}" if shape is None else f"an array of shape {tuple(shape)}"

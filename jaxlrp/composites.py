@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -117,7 +118,8 @@ class Name(Selector):
         found = match_names(self.pattern, [layer.name for layer in layers])
         if not any(found):
             names = [layer.name for layer in layers]
-            raise UnknownLayerError(f"no layer is called {self.pattern!r}{_closest(self.pattern, names)}")
+            hint = _absorbed(self.pattern, layers) or _closest(self.pattern, names)
+            raise UnknownLayerError(f"no layer is called {self.pattern!r}{hint}")
         return found
 
     def __str__(self) -> str:
@@ -223,6 +225,14 @@ def match_names(pattern: str, names: Iterable[str]) -> list[bool]:
         expression += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part))
     compiled = re.compile(expression)
     return [compiled.fullmatch(n) is not None for n in names]
+
+
+def _absorbed(pattern: str, layers: Sequence[Layer]) -> str:
+    """Whose part a module is that makes no layer of its own, as a BatchNorm behind a convolution."""
+    equations = ((eqn, layer) for layer in layers for eqn in layer.equations)
+    scopes = {"/".join(eqn.scope[k:]): layer.name for eqn, layer in equations for k in (0, 1)}  # with the root's or not
+    owners = dict.fromkeys(itertools.compress(scopes.values(), match_names(pattern, scopes)))
+    return f"; what it names is part of {', '.join(map(repr, owners))}" if owners else ""
 
 
 def _closest(wanted: str, known: Iterable[str]) -> str:

@@ -142,13 +142,15 @@ def seed(target: Any, output: Any) -> Any:
     """
     if target is None:
         return output
-    if isinstance(target, (list, tuple)) and target and all(isinstance(k, (int, np.integer)) for k in target):
-        target = np.asarray(target)
+    if isinstance(target, (list, tuple)) and target and all(map(_is_index, target)):
+        target = (np if all(map(_compat.is_concrete, target)) else jnp).asarray(target)
     if isinstance(target, (bool, str)) or (callable(target) is False and not _is_index(target)):
         raise InputError(
             "target must be None, class indices (integers) or a function of the output, "
             f"not {getattr(target, 'dtype', None) or repr(target)}"
         )
+    if target is predicted:
+        raise InputError("targets.predicted makes a target and takes no classes: give targets.predicted()")
     if callable(target):
         relevance = target(output)
         _check_seed(relevance, output)
@@ -177,18 +179,24 @@ def _single(output: Any) -> jax.Array:
 def _check_seed(relevance: Any, output: Any) -> None:
     if isinstance(relevance, ClassTarget):
         raise InputError("targets take their classes first: targets.logit(k), not targets.logit")
+    check_shape(relevance, output, "a target must return relevance of the output's own shape")
+
+
+def check_shape(relevance: Any, output: Any, demand: str) -> None:
+    """Relevance of the output must have its structure and shapes."""
     got, want = jax.tree.map(jnp.shape, relevance), jax.tree.map(jnp.shape, output)
     if got != want:
-        raise InputError(f"a target must return relevance of the output's own shape {want}, not {got}")
+        raise InputError(f"{demand} {want}, not {got}")
 
 
 def _mask(output: jax.Array, index: Any) -> jax.Array:
     """One-hot rows for the class indices; ``index`` is one integer or one per row."""
     classes = output.shape[-1]
     if np.ndim(index) and np.shape(index) != output.shape[:-1]:
+        one_hot = "; of one-hot rows that is their argmax(-1)" if np.shape(index) == output.shape else ""
         raise InputError(
             f"targets of shape {np.shape(index)} do not fit an output of shape {output.shape}: "
-            f"give one integer, or an array of shape {output.shape[:-1]}"
+            f"give one integer, or an array of shape {output.shape[:-1]}{one_hot}"
         )
     if _compat.is_concrete(index):
         known = np.ravel(np.asarray(index))

@@ -25,7 +25,7 @@ from .rules import Known, Rule
 from .signs import nonnegative_values
 from .support import positive_values, rectified_values, summands
 from .tables import table
-from .targets import seed
+from .targets import check_shape, seed
 
 Explain = Callable[..., Any]
 
@@ -72,7 +72,7 @@ def lrp(
     Raises:
         UnknownPrimitiveError, UnsupportedError: the model does something that has no known meaning for relevance.
         NotDeterministicError: dropout or batch statistics are switched on.
-        InputError: integer inputs, a class out of range, NaN where ``check`` is set.
+        InputError: integer inputs, a class out of range; where ``check`` is set NaN, or pixels outside of a `ZBox`.
         NoRuleError, UnknownLayerError: the composite does not fit the model.
 
     Example:
@@ -156,11 +156,13 @@ def lrp_vjp(
         Array([[1., 0.],
                [0., 1.]], dtype=float32)
     """
+    if args and isinstance(args[0], (Composite, Rule)):
+        raise TypeError("lrp_vjp takes the composite by name: lrp_vjp(model, params, x, composite=...)")
     forward = Setup(model, composite, argnums, has_aux, check, remat).forward(args, kwargs)
 
     def pull(relevance: Any) -> Any:
-        start = seed(lambda _: relevance, forward.output)
-        return forward.gather(forward.fold(start).relevance)
+        check_shape(relevance, forward.output, "the relevance to pull back must have the output's own shape")
+        return forward.gather(forward.fold(relevance).relevance)
 
     return (forward.output, pull, forward.aux) if has_aux else (forward.output, pull)
 
@@ -394,6 +396,9 @@ class Setup:
         parts = summands(traced.main, assignments, rectified, blocks)
         known = Known(traced.nonnegative, positive, rectified, parts, constant_values(assignments))
         env = traced.program.evaluate(traced.leaves, once=forks(traced.layers).union(rectified.values()))
+        if self.check:
+            for assignment in assignments:
+                assignment.rule.check(assignment.layer, tuple(read(env, v) for v in assignment.layer.inputs))
         values = [read(env, v) for v in traced.program.outputs]
         live = traced.trees["live"]
         output = jax.tree.unflatten(traced.trees["output"], values[:live])

@@ -284,6 +284,17 @@ def test_check_needs_numbers() -> None:
         jax.jit(jaxlrp.lrp(dense, check=True))(X, W)
 
 
+@pytest.mark.parametrize("low", [0.0, np.array([0.0, -2.0, 0.0])])
+def test_check_sees_inputs_outside_of_the_box(low: Any) -> None:
+    rules = jaxlrp.Composite.uniform(jaxlrp.ZBox(low, 3.0))
+    outside = 2 if np.ndim(low) == 0 else 1
+    with refused(jaxlrp.InputError, f"{outside} of 6 inputs lie outside", r"ZBox\(", "from -2 to 3", "preprocessing"):
+        jaxlrp.lrp(dense, rules, check=True)(X, W)
+    assert jnp.isfinite(jaxlrp.lrp(dense, rules)(X, W)).all()
+    pixels = X + np.float32(1e-6)  # as rounding in normalisation may leave them
+    assert jaxlrp.lrp(dense, jaxlrp.Composite.uniform(jaxlrp.ZBox(-2.0, 3.0)), check=True)(pixels, W).shape == X.shape
+
+
 def test_check_lets_good_numbers_through() -> None:
     model, params = mlp()
     assert jaxlrp.lrp(model, check=True)(params, X).shape == X.shape
@@ -301,6 +312,33 @@ def test_a_class_out_of_range(target: Any) -> None:
 def test_a_target_for_every_sample_but_one() -> None:
     with refused(jaxlrp.InputError, r"\(3,\)", r"\(2, 2\)", r"array of shape \(2,\)"):
         jaxlrp.lrp(dense)(X, W, target=np.array([0, 1, 1]))
+
+
+def test_one_hot_labels_are_no_classes() -> None:
+    with refused(jaxlrp.InputError, r"shape \(2, 2\) do not fit", r"argmax\(-1\)"):
+        jaxlrp.lrp(dense)(X, W, target=np.array([[0, 1], [1, 0]]))
+
+
+def test_a_target_that_was_not_called() -> None:
+    with refused(jaxlrp.InputError, r"give targets.predicted\(\)"):
+        jaxlrp.lrp(dense)(X, W, target=jaxlrp.targets.predicted)
+
+
+def test_a_list_of_classes_may_be_traced() -> None:
+    explain = jaxlrp.lrp(dense)
+    traced = jax.jit(lambda labels: explain(X, W, target=labels))([0, 1])
+    np.testing.assert_allclose(traced, explain(X, W, target=[0, 1]), rtol=1e-6)
+
+
+def test_relevance_to_pull_back_of_the_wrong_shape() -> None:
+    _, pull = jaxlrp.lrp_vjp(dense, X, W)
+    with refused(jaxlrp.InputError, "pull back", r"own shape \(2, 2\), not \(\)"):
+        pull(3)
+
+
+def test_lrp_vjp_is_told_its_composite_by_name() -> None:
+    with refused(TypeError, "composite=..."):
+        jaxlrp.lrp_vjp(dense, jaxlrp.EpsilonPlus(), X, W)
 
 
 @pytest.mark.parametrize("target", [1.0, "cat", True, np.array([0.0, 1.0])])
@@ -350,6 +388,13 @@ def test_an_unknown_layer_name_shows_near_ones() -> None:
 def test_a_glob_without_a_match() -> None:
     with refused(jaxlrp.UnknownLayerError, r"'\*\*/head'", "did you mean"):
         explained((jaxlrp.name("**/head"), jaxlrp.Zero()))
+
+
+def test_the_name_of_a_module_that_another_absorbed() -> None:
+    model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True), nn.relu, nn.Dense(2)])
+    rules = jaxlrp.EpsilonPlus().extend((jaxlrp.name("layers_1"), jaxlrp.Zero()))
+    with refused(jaxlrp.UnknownLayerError, "'layers_1'; what it names is part of 'layers_0'"):
+        jaxlrp.lrp(model, rules)(model.init(jax.random.key(0), X), X)
 
 
 @pytest.mark.parametrize("select", [jaxlrp.kind, jaxlrp.first, jaxlrp.last])

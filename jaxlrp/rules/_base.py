@@ -265,6 +265,9 @@ class Rule(PyTreeNode):
         """Relevance that is lost in this layer on purpose, by name and summed: bias, stabiliser, ..."""
         return {}
 
+    def check(self, layer: Layer, inputs: Arrays) -> None:
+        """Raise `InputError` if these inputs are none that the rule is made for; asked where ``check=True``."""
+
     @property
     def proportional(self) -> bool:
         """Whether what an input gets is proportional to the input, so that where it is 0 it gets nothing."""

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from ..errors import InputError
+from ..layers import Layer
 from ..linear import LinearMap
 from ._base import Arrays, LayerCall, Losses, Rule, at_least_zero, known, ratio, stabilise, total
 from ._split import Share, SplitRule
@@ -117,6 +119,17 @@ class ZBox(Rule, kw_only=True):
             "stabiliser": total(jnp.where(empty, 0.0, missing)),
             "dropped sign": total(jnp.where(empty, missing, 0.0)),
         }
+
+    def check(self, layer: Layer, inputs: Arrays) -> None:
+        """Inputs must lie in the box, but for rounding."""
+        for x in inputs:
+            room = 1e-5 * (jnp.asarray(self.high) - jnp.asarray(self.low))
+            outside = int(jnp.sum((x < self.low - room) | (x > self.high + room)))
+            if outside:
+                raise InputError(
+                    f"layer '{layer.name}': {outside} of {x.size} inputs lie outside of {self}, they reach from "
+                    f"{x.min():g} to {x.max():g}; low and high are those after preprocessing"
+                )
 
     def _box(self, call: LayerCall) -> tuple[Arrays, Arrays]:
         def corner(bound: Any, name: str) -> Arrays:
