@@ -53,10 +53,11 @@ def lrp(
             modules (argument 0 holds their parameters), argument 0 for functions.
         target: the default target, see ``explain``.
         has_aux: the model returns ``(output, aux)``, and ``explain`` returns ``(relevance, aux)``.
-        check: refuse NaN and infinity in arguments and parameters (needs concrete arrays, so call outside ``jit``).
-        remat: run the model in blocks once more on the way back instead of keeping all its values: a fraction of the
-            memory for one more forward pass. Where to cut is found from the trace. Blocks that the model itself wraps
-            in `jax.checkpoint` are respected always.
+        check: refuse NaN and infinity in arguments and parameters, and inputs that a rule is not made for. Needs
+            concrete arrays, so call outside ``jit``.
+        remat: run the model in blocks once more on the way back instead of keeping all its values: one more forward
+            pass, and a fraction of the memory where many blocks are alike. Where to cut is found from the trace. Blocks
+            that the model itself wraps in `jax.checkpoint` are respected always.
 
     Returns:
         ``explain(*args, target=None, **kwargs)``: relevance with the shape (and tree structure) of the explained
