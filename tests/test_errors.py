@@ -291,6 +291,9 @@ def test_check_sees_inputs_outside_of_the_box(low: Any) -> None:
     with refused(jaxlrp.InputError, f"{outside} of 6 inputs lie outside", r"ZBox\(", "from -2 to 3", "preprocessing"):
         jaxlrp.lrp(dense, rules, check=True)(X, W)
     assert jnp.isfinite(jaxlrp.lrp(dense, rules)(X, W)).all()
+    misshapen = jaxlrp.Composite.uniform(jaxlrp.ZBox(np.zeros(5), 3.0))
+    with refused(ValueError, r"low of shape \(5,\) does not broadcast"):
+        jaxlrp.lrp(dense, misshapen, check=True)(X, W)
     pixels = X + np.float32(1e-6)  # as rounding in normalisation may leave them
     assert jaxlrp.lrp(dense, jaxlrp.Composite.uniform(jaxlrp.ZBox(-2.0, 3.0)), check=True)(pixels, W).shape == X.shape
 

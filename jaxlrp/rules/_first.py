@@ -122,24 +122,24 @@ class ZBox(Rule, kw_only=True):
 
     def check(self, layer: Layer, inputs: Arrays) -> None:
         """Inputs must lie in the box, but for rounding."""
-        for x in inputs:
-            room = 1e-5 * (jnp.asarray(self.high) - jnp.asarray(self.low))
-            outside = int(jnp.sum((x < self.low - room) | (x > self.high + room)))
+        for x, low, high in zip(inputs, *self._box(layer, inputs), strict=True):
+            room = 1e-5 * (high - low)
+            outside = int(jnp.sum((x < low - room) | (x > high + room)))
             if outside:
                 raise InputError(
                     f"layer '{layer.name}': {outside} of {x.size} inputs lie outside of {self}, they reach from "
                     f"{x.min():g} to {x.max():g}; low and high are those after preprocessing"
                 )
 
-    def _box(self, call: LayerCall) -> tuple[Arrays, Arrays]:
+    def _box(self, layer: Layer, inputs: Arrays) -> tuple[Arrays, Arrays]:
         def corner(bound: Any, name: str) -> Arrays:
             try:
-                return tuple(jnp.broadcast_to(jnp.asarray(bound, x.dtype), x.shape) for x in call.linear.inputs)
+                return tuple(jnp.broadcast_to(jnp.asarray(bound, x.dtype), x.shape) for x in inputs)
             except ValueError as error:
-                shapes = ", ".join(str(x.shape) for x in call.linear.inputs)
+                shapes = ", ".join(str(x.shape) for x in inputs)
                 raise ValueError(
                     f"ZBox: {name} of shape {jnp.shape(bound)} does not broadcast to the input {shapes} "
-                    f"of layer '{call.layer.name}'"
+                    f"of layer '{layer.name}'"
                 ) from error
 
         return corner(self.low, "low"), corner(self.high, "high")
@@ -147,7 +147,7 @@ class ZBox(Rule, kw_only=True):
     def _sums(self, call: LayerCall) -> tuple[jax.Array, Arrays, Arrays, Callable[[jax.Array], Any]]:
         linear = call.linear
         w, x = linear.weights, linear.inputs
-        low, high = self._box(call)
+        low, high = self._box(call.layer, x)
         up, down = tuple(jnp.maximum(a, 0.0) for a in w), tuple(jnp.minimum(a, 0.0) for a in w)
         above, below = (
             tuple(a - b for a, b in zip(x, low, strict=True)),
