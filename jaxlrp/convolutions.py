@@ -115,8 +115,9 @@ class Convolution:
             spread = self._spread_depthwise(coming, weight)
         elif max(self.steps, default=1) == 1:
             kernel = self._kernel(weight)
-            last = (((coming.ndim - 1,), (kernel.ndim - 1,)), ((), ()))
-            spread = lax.dot_general(coming, kernel, last, **self.how)
+            flat = kernel.reshape(-1, kernel.shape[-1])  # of more axes XLA would make a transposed copy first
+            last = (((coming.ndim - 1,), (1,)), ((), ()))
+            spread = lax.dot_general(coming, flat, last, **self.how).reshape(*coming.shape[:-1], *kernel.shape[:-1])
         else:
             spread, start = self._spread_by_phases(coming, self._kernel(weight))
         whole = self._interleaved(spread)

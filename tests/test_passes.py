@@ -90,3 +90,16 @@ def test_a_residual_stream_is_added_up_once(rule):
 
     four, five, six = map(reads, (4, 5, 6))
     assert six - five == five - four
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_kernels_are_not_turned_around(stride):
+    """The matrix product reads them as they lie."""
+    model = nn.Conv(96, (1, 1), (stride, stride))
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 64))
+    variables = model.init(jax.random.key(1), x)
+    explain = jaxlrp.lrp(model, jaxlrp.Composite.uniform(jaxlrp.Epsilon()))
+    text = jax.jit(explain).lower(variables, x).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    assert "[96,64]" not in entry, "the kernel is written transposed"
+    assert "[64,96]" in entry
