@@ -4,12 +4,13 @@
         [--rounds N]
 
 Every row runs four programs in turn, so that all see the same machine: jax's own input gradient, jaxlrp, torch's own
-input gradient, the peer. Only one computes at a time and has all cores. Printed are medians of time, in float32, and
-the largest difference of relevance as a share of the largest relevance. Where it is 1e-4 or more, the comparison is
-made again in float64, and both are printed, together with how far float32 is from float64 in each library alone: two
-results that are each so far from the exact one cannot be nearer to one another than by chance. A likely reason is that
-relevance jumps where rounding takes a relu across 0 or makes a max pool pick another of two nearly equal values. Where
-float64 differs too nothing is timed, and the exit status is 1.
+input gradient, the peer. Only one computes at a time and has all cores. On both sides temporary memory is kept between
+calls (malloc.py), which makes both faster. Printed are medians of time, in float32, and the largest difference of
+relevance as a share of the largest relevance. Where it is 1e-4 or more, the comparison is made again in float64, and
+both are printed, together with how far float32 is from float64 in each library alone: two results that are each so far
+from the exact one cannot be nearer to one another than by chance. A likely reason is that relevance jumps where
+rounding takes a relu across 0 or makes a max pool pick another of two nearly equal values. Where float64 differs too
+nothing is timed, and the exit status is 1.
 
 The peers are torch libraries. They run in a Python of their own if need be (peers_torch.py, started with
 --peer-python), where
@@ -47,6 +48,7 @@ if __package__ in (None, ""):  # run as a script
 
 import jaxlrp
 from benchmarks import networks, peers_weights
+from benchmarks.malloc import keep_memory
 from benchmarks.peers_process import Peer, PeerError
 from benchmarks.speed import compiled
 from jaxlrp.models.llama import Llama, LlamaConfig
@@ -248,6 +250,7 @@ def main() -> int:
     parser.add_argument("--composite", nargs="*", default=[], help="EpsilonPlusFlat, ...; all if none is named")
     parser.add_argument("--rounds", type=int, default=7, help="0 compares relevance and times nothing")
     arguments = parser.parse_args()
+    keep_memory()
     rows: list[Row] = []
     notes: list[str] = []
     for name, make in NETWORKS.items():

@@ -29,6 +29,7 @@ if __package__ in (None, ""):  # run as a script
 
 import jaxlrp
 from benchmarks import networks
+from benchmarks.malloc import environment
 from benchmarks.speed import Case, Measured, compiled, interleaved
 from jaxlrp.tables import table
 
@@ -206,29 +207,47 @@ def gammas(rounds: int) -> Table:
 
 
 def capture(rounds: int) -> Table:
-    """Relevance at all layers, which are results and no temporaries, beside that of the input alone."""
-    cases = {
-        "VGG16, batch 2": (_case(networks.VGG16(), 2, 224, 224, 3), jaxlrp.EpsilonPlusFlat()),
-        "ResNet50, batch 2": (_case(networks.ResNet50(), 2, 224, 224, 3), jaxlrp.EpsilonPlusFlat()),
-        "12 blocks, batch 2": (_case(Unrolled(12, 4, 512), 2, 64, 128), jaxlrp.AttnLRP()),
-        "12 blocks scanned, batch 2": (_case(networks.ScannedEncoder(12, 4, 512), 2, 64, 128), jaxlrp.AttnLRP()),
+    """Relevance at all layers, which are results and no temporaries, beside that of the input alone; memory is kept."""
+    call = [sys.executable, __file__, "--captured", "--rounds", str(rounds)]
+    done = subprocess.run(call, env=environment(keeping=True), capture_output=True, text=True, check=True)
+    return Table(("network", "relevance of", *_OF_FIRST), json.loads(done.stdout))
+
+
+def _captured(rounds: int) -> list[list[str]]:
+    """Rows of `capture`, in a process that keeps memory: fresh pages for results would hide what is asked here."""
+    convolutional, attention = jaxlrp.EpsilonPlusFlat(), jaxlrp.AttnLRP()
+    rows = _captured_of("VGG16, batch 2", _case(networks.VGG16(), 2, 224, 224, 3), convolutional, 2 * rounds)
+    rows += _captured_of("ResNet50, batch 2", _case(networks.ResNet50(), 2, 224, 224, 3), convolutional, 2 * rounds)
+    # they take but milliseconds
+    rows += _captured_of("12 blocks, batch 2", _case(Unrolled(12, 4, 512), 2, 64, 128), attention, 8 * rounds)
+    scanned = _case(networks.ScannedEncoder(12, 4, 512), 2, 64, 128)
+    return rows + _captured_of("12 blocks scanned, batch 2", scanned, attention, 8 * rounds, steps=12)
+
+
+def _captured_of(name: str, case: Case, composite: Any, rounds: int, steps: int = 0) -> list[list[str]]:
+    """Of one network, which is a scan of so many steps or none."""
+    inside = jaxlrp.layerwise_lrp(case.run, composite, argnums=1, target=1)
+    results = jax.eval_shape(inside, case.params, case.x)
+    shapes = [(r.shape, r.dtype) for r in jax.tree.leaves(results)]
+
+    # What results of these shapes cost by themselves: written at once, or by a scan, which first fills them with zeros.
+    def write(value: jax.Array) -> list[jax.Array]:
+        return [jnp.full(shape, value, dtype) for shape, dtype in shapes]
+
+    def stack(value: jax.Array) -> list[jax.Array]:
+        def step(value: jax.Array, _: None) -> tuple[jax.Array, list[jax.Array]]:
+            return value + 1, [jnp.full(shape[1:], value, dtype) for shape, dtype in shapes if shape[0] == steps]
+
+        return jax.lax.scan(step, value, length=steps)[1]
+
+    programs = {
+        "input": _relevance(case, composite),
+        "all layers": compiled(inside, case.params, case.x),
+        "none, results written": compiled(write, jnp.ones(())),
     }
-    rows = []
-    for name, (case, composite) in cases.items():
-        inside = jaxlrp.layerwise_lrp(case.run, composite, argnums=1, target=1)
-        results = jax.eval_shape(inside, case.params, case.x)
-
-        # Does nothing but write results of these shapes: what returning them costs by itself.
-        def write(value: jax.Array, results: Any = results) -> Any:
-            return jax.tree.map(lambda r: jnp.full(r.shape, value, r.dtype), results)
-
-        programs = {
-            "input": _relevance(case, composite),
-            "all layers": compiled(inside, case.params, case.x),
-            "none, results written": compiled(write, jnp.ones(())),
-        }
-        rows += [[name, *row] for row in _beside_one(programs, 2 * rounds)]
-    return Table(("network", "relevance of", *_OF_FIRST), rows)
+    if steps:
+        programs["none, results stacked"] = compiled(stack, jnp.ones(()))
+    return [[name, *row] for row in _beside_one(programs, rounds)]
 
 
 def stream(rounds: int) -> Table:
@@ -272,16 +291,14 @@ def _on_devices(count: int, rounds: int) -> str:
     return f"{_ms(seconds)}|{local}|{collectives}|{difference:.0e}"
 
 
-KEEPING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-
-
 def malloc(rounds: int) -> Table:
     """On Linux: temporary memory given back to the system after every call, and kept (docs/devices.md)."""
     found: dict[str, list[dict[str, list[float]]]] = {"given back": [], "kept": []}
     for _ in range(2):  # in turn, as far as processes can be
-        for name, settings in (("given back", {}), ("kept", KEEPING)):
+        for name in found:
             call = [sys.executable, __file__, "--faults", "--rounds", str(rounds)]
-            done = subprocess.run(call, env=os.environ | settings, capture_output=True, text=True, check=True)
+            settings = environment(keeping=name == "kept")
+            done = subprocess.run(call, env=settings, capture_output=True, text=True, check=True)
             found[name].append(json.loads(done.stdout))
     rows = []
     for program in found["kept"][0]:
@@ -329,9 +346,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--on-devices", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--captured", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.faults:
         print(json.dumps(_faults(arguments.rounds)))
+        return
+    if arguments.captured:
+        print(json.dumps(_captured(arguments.rounds)))
         return
     if arguments.on_devices:
         print(_on_devices(arguments.on_devices, arguments.rounds))
