@@ -5,19 +5,18 @@
 For every network of speed.py, the gradient and every composite run under jax's profiler, in turn. Printed are the
 milliseconds of one run by kind of operation, and what the products alone are of the gradient's whole time: the ratio
 that would be left if all else cost nothing. `one by one` is what the same products take when each is a program of its
-own, its operands still in the caches, run by the fastest of XLA's kernels for it: no choice among these kernels brings
-the whole below. Operations per second stand beside those of large square matrix products in the same run, which is
-about the most that the processor can do. (XLA counts elementwise operations too; they are many where depthwise layers
-are sums of shifts, as on EfficientNet.) All run on one core, so that no two operations run at the same time and their
-sum is the whole, and keep temporary memory between calls (malloc.py). With --top, the slowest operations that are no
-products are listed as well.
+own, with nothing beside it, and is run by the faster of YNNPACK and XLA's own kernel, as a matrix product where it can
+be one: about the least that a choice among these leaves. Operations per second stand beside those of large square
+matrix products in the same run, which is about the most that the processor can do. (XLA counts elementwise operations
+too; they are many where depthwise layers are sums of shifts, as on EfficientNet.) All run on one core, so that no two
+operations run at the same time and their sum is the whole, and keep temporary memory between calls (malloc.py). With
+--top, the slowest operations that are no products are listed as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import functools
 import glob
 import os
 import re
@@ -25,11 +24,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 
 if __package__ in (None, ""):  # run as a script
@@ -40,6 +40,7 @@ from benchmarks.malloc import keep_memory
 from benchmarks.speed import NETWORKS, Case
 from jaxlrp import _compat
 from jaxlrp import _primitives as P
+from jaxlrp.convolutions import Convolution
 from jaxlrp.graph import Equation, trace_program
 from jaxlrp.tables import table
 
@@ -58,7 +59,7 @@ class Program(NamedTuple):
     kinds: Mapping[str, str]
     names: Mapping[str, str]  # what an operation came from
     flops: float  # floating point operations of one run, nearly all of them of products
-    products: list[Equation]  # convolutions and matrix products, as traced
+    products: int  # convolutions and matrix products
 
 
 def kinds_of(text: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -82,70 +83,66 @@ def kinds_of(text: str) -> tuple[dict[str, str], dict[str, str]]:
     return kinds, {name: source for name, _, _, source in found}
 
 
-def compiled(function: Callable[..., Any], case: Case) -> Program:
-    """Compile for a case's arguments."""
-    program = jax.jit(function).lower(case.params, case.x).compile()
+def compiled(function: Callable[..., Any], *args: Any, **options: str) -> Program:
+    """Compile for arguments, with options of XLA."""
+    program = jax.jit(function).lower(*args).compile(compiler_options=options)
     counted: Any = program.cost_analysis()  # declared as anything
     text = program.as_text()
-    products = traced_products(function, case)
-    left = len(re.findall(r"= \S+ (?:convolution|dot)\(", text))
-    assert len(products) == left, f"{len(products)} products are traced, {left} are in the program"
-    return Program(lambda: program(case.params, case.x), *kinds_of(text), counted["flops"], products)
+    products = len(re.findall(r"= \S+ (?:convolution|dot)\(", text))
+    return Program(lambda: program(*args), *kinds_of(text), counted["flops"], products)
 
 
 # -- products one by one ----------------------------------------------------------------------------------------------
 
+OWN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}  # not YNNPACK's
 
-def traced_products(function: Callable[..., Any], case: Case) -> list[Equation]:
+
+def traced_products(function: Callable[..., Any], *args: Any) -> list[Equation]:
     """Those that the result needs."""
-    leaves, tree = jax.tree.flatten((case.params, case.x))
+    leaves, tree = jax.tree.flatten(args)
     flat = lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))  # noqa: E731
     program = trace_program(flat, leaves, [True] * len(leaves), [""] * len(leaves))
     return [e for e in program.equations if e.primitive in P.CONV | P.DOT]
 
 
-def kernels(product: Equation) -> list[Callable[..., Any]]:
-    """The ways to have XLA run a product by different kernels."""
-    primitive, params = product.primitive, dict(product.params)
-    ways = [functools.partial(_compat.bind, primitive, params)]
-    if primitive not in P.CONV or len(params["window_strides"]) != 2:
-        return ways
-    numbers = params["dimension_numbers"]
-    # YNNPACK takes no convolution whose axes of places come in the other order; then it is XLA's own kernel.
-    turned = lax.ConvDimensionNumbers(*((*spec[:2], spec[3], spec[2]) for spec in numbers))
-    sides = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-    other = params | {"dimension_numbers": turned} | {side: tuple(params[side])[::-1] for side in sides}
-    ways.append(functools.partial(_compat.bind, primitive, other))
-    image, kernel = (v.shape for v in product.inputs)
-    plain = numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-    if plain and kernel[:3] == (1, 1, image[3]) and not any(map(any, params["padding"])):
-        down, right = params["window_strides"]
-        ways.append(lambda x, w: [x[:, ::down, ::right] @ w[0, 0]])
-    return ways
+def ways(product: Equation) -> list[Callable[..., jax.Array]]:
+    """Functions that compute a product."""
+    params = product.params
+    found = [lambda x, w: _compat.bind(product.primitive, params, x, w)[0]]
+    if product.primitive in P.CONV and {*params["lhs_dilation"]} == {1} and not any(map(any, params["padding"])):
+        image, kernel = (v.shape for v in product.inputs)
+        strides = [1] * len(image)
+        for axis, stride in zip(params["dimension_numbers"].lhs_spec[2:], params["window_strides"], strict=True):
+            strides[axis] = stride
+        sliced = tuple(-(-n // s) for n, s in zip(image, strides, strict=True))
+        dense = Convolution({**params, "window_strides": (1,) * (len(image) - 2)}, sliced, kernel)
+        if dense.applies and not dense.depthwise:
+            found.append(lambda x, w: dense.apply(lax.slice(x, (0,) * x.ndim, x.shape, strides), w))
+    return found
+
+
+def alone(product: Equation, rounds: int) -> float:
+    """Seconds of a product that is a program of its own, in the fastest way."""
+    values = [jax.random.normal(jax.random.key(i), v.shape) for i, v in enumerate(product.inputs)]
+    kernels = ({}, OWN_CONVOLUTIONS) if product.primitive in P.CONV else ({},)
+    programs = [compiled(way, *values, **options) for way in ways(product) for options in kernels]
+    first, *others = (program.call() for program in programs)  # and warm
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-4 * float(abs(first).max()))
+    seconds = []
+    for program in programs:
+        runs = [by_kind(program, profiled(program))["products"] for _ in range(rounds)]
+        seconds.append(statistics.median(runs))
+    return min(seconds)
 
 
 def one_by_one(products: list[Equation], rounds: int, known: dict[str, float]) -> float:
-    """Seconds of all products, each a program of its own and in its fastest kernel."""
-    total = 0.0
-    for product in products:
-        shapes = [v.shape for v in product.inputs]
-        name = f"{product.primitive} {shapes} {product.params}"
+    """Seconds of all of them; those of equal ones are measured once."""
+    names = [f"{p.primitive} {[v.shape for v in p.inputs]} {p.params}" for p in products]
+    for name, product in dict(zip(names, products, strict=True)).items():
         if name not in known:
-            values = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-            known[name] = min(seconds_of(way, values, rounds) for way in kernels(product))
-        total += known[name]
-    return total
-
-
-def seconds_of(function: Callable[..., Any], values: Sequence[jax.Array], rounds: int) -> float:
-    """Median time of a function's runs."""
-    program = jax.jit(function).lower(*values).compile()
-    found = []
-    for _ in range(1 + 2 * rounds):  # the first warms up
-        start = time.perf_counter()
-        jax.block_until_ready(program(*values))
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+            known[name] = alone(product, rounds)
+    return sum(known[name] for name in names)
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -173,16 +170,22 @@ def profiled(program: Program) -> dict[str, float]:
     return seconds
 
 
+def by_kind(program: Program, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of every kind of operation, given those of every operation."""
+    return {kind: sum(t for op, t in seconds.items() if program.kinds[op] == kind) for kind in KINDS}
+
+
 def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> tuple[list[list[str]], list[list[str]]]:
     """Rows of the table, and rows on the slowest operations."""
 
     def gradient(params: Any, x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: case.run(params, x)[:, 1].sum())(x)
 
-    programs = {"gradient": compiled(gradient, case)}
+    functions: dict[str, Callable[..., Any]] = {"gradient": gradient}
     for method, composite in case.composites.items():
         if not wanted or method in wanted:
-            programs[method] = compiled(jaxlrp.lrp(case.run, composite, argnums=1, target=1), case)
+            functions[method] = jaxlrp.lrp(case.run, composite, argnums=1, target=1)
+    programs = {method: compiled(function, case.params, case.x) for method, function in functions.items()}
     whole: dict[str, list[float]] = collections.defaultdict(list)
     parts: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     squares, of_squares = square_products(), []  # seconds
@@ -202,13 +205,15 @@ def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> 
     known: dict[str, float] = {}
     for method, program in programs.items():
         each = {op: statistics.median([p.get(op, 0.0) for p in parts[method]]) for op in program.kinds}
-        by_kind = {kind: sum(each[op] for op in each if program.kinds[op] == kind) for kind in KINDS}
+        spent = by_kind(program, each)
         time_ = statistics.median(whole[method])
         cells = [name, method, f"{1e3 * time_:.0f} ms", f"{time_ / base:.2f}x"]
-        cells += [f"{1e3 * by_kind[kind]:.0f} ms" for kind in KINDS]
-        cells.insert(5, f"{1e3 * one_by_one(program.products, rounds, known):.0f} ms")
-        rate = program.flops / by_kind["products"]
-        cells += [f"{by_kind['products'] / base:.2f}x", f"{1e-9 * program.flops:.0f}"]
+        cells += [f"{1e3 * spent[kind]:.0f} ms" for kind in KINDS]
+        traced = traced_products(functions[method], case.params, case.x)
+        merged = len(traced) != program.products  # by XLA: then it is not known which
+        cells.append("-" if merged else f"{1e3 * one_by_one(traced, rounds, known):.0f} ms")
+        rate = program.flops / spent["products"]
+        cells += [f"{spent['products'] / base:.2f}x", f"{1e-9 * program.flops:.0f}"]
         rows.append([*cells, f"{1e-9 * rate:.0f}", f"{rate / best:.2f}x"])
         ordered = sorted((op for op in each if program.kinds[op] != "products"), key=each.__getitem__, reverse=True)
         slowest += [[name, method, f"{1e3 * each[op]:.1f} ms", op, program.names[op]] for op in ordered[:top]]
@@ -239,9 +244,8 @@ def main() -> None:
         "",
         "time",
         "of gradient",
-        KINDS[0],
+        *KINDS,
         "one by one",
-        *KINDS[1:],
         "products alone",
         "Gflop",
         "Gflop/s",

@@ -19,6 +19,9 @@ def environment(keeping: bool) -> dict[str, str]:
 
 
 def keep_memory() -> None:
-    """Start this script again with these settings, which glibc reads before anything else runs, unless it has them."""
-    if sys.platform == "linux" and not KEEPING.items() <= os.environ.items():
+    """Start this script again with these settings, which glibc reads before anything else runs.
+
+    Not where any of them is set already: somebody chose it, or this is the second start. For ``main`` of a script.
+    """
+    if sys.platform == "linux" and not KEEPING.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment(keeping=True))

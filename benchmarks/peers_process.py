@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-THREADS = os.cpu_count() or 1
+# as many as XLA takes
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class PeerError(RuntimeError):

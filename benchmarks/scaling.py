@@ -209,7 +209,7 @@ def gammas(rounds: int) -> Table:
 def capture(rounds: int) -> Table:
     """Relevance at all layers, which are results and no temporaries, beside that of the input alone; memory is kept."""
     call = [sys.executable, __file__, "--captured", "--rounds", str(rounds)]
-    done = subprocess.run(call, env=environment(keeping=True), capture_output=True, text=True, check=True)
+    done = subprocess.run(call, env=environment(keeping=True), stdout=subprocess.PIPE, text=True, check=True)
     return Table(("network", "relevance of", *_OF_FIRST), json.loads(done.stdout))
 
 
@@ -232,13 +232,19 @@ def _captured_of(name: str, case: Case, composite: Any, rounds: int, steps: int 
 
     # What results of these shapes cost by themselves: written at once, or by a scan, which first fills them with zeros.
     def write(value: jax.Array) -> list[jax.Array]:
-        return [jnp.full(shape, value, dtype) for shape, dtype in shapes]
+        # with other numbers each, or XLA would write one and copy it
+        return [jnp.full(shape, value + i, dtype) for i, (shape, dtype) in enumerate(shapes)]
 
-    def stack(value: jax.Array) -> list[jax.Array]:
-        def step(value: jax.Array, _: None) -> tuple[jax.Array, list[jax.Array]]:
-            return value + 1, [jnp.full(shape[1:], value, dtype) for shape, dtype in shapes if shape[0] == steps]
+    def stack(value: jax.Array) -> list[list[jax.Array]]:
+        def full(shape: tuple[int, ...], i: int, dtype: Any) -> jax.Array:
+            return jnp.full(shape, value + i, dtype)
 
-        return jax.lax.scan(step, value, length=steps)[1]
+        def step(i: jax.Array, _: None) -> tuple[jax.Array, list[jax.Array]]:
+            return i + 1, [full(shape[1:], i + k, dtype) for k, (shape, dtype) in enumerate(inside_of_it)]
+
+        inside_of_it = [(shape, dtype) for shape, dtype in shapes if shape[0] == steps]
+        others = [full(shape, i, dtype) for i, (shape, dtype) in enumerate(shapes) if shape[0] != steps]
+        return [others, jax.lax.scan(step, 0, length=steps)[1]]
 
     programs = {
         "input": _relevance(case, composite),
@@ -265,8 +271,8 @@ def devices(rounds: int) -> Table:
     rows = []
     for count in (1, 2, 4, 8):
         call = [sys.executable, __file__, "--on-devices", str(count), "--rounds", str(rounds)]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
-        done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+        settings = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
+        done = subprocess.run(call, env=settings, stdout=subprocess.PIPE, text=True, check=True)
         rows.append([str(count), *done.stdout.strip().split("|")])
     return Table(("devices", "time", "samples on each", "collectives", "difference to one device"), rows)
 
@@ -298,7 +304,7 @@ def malloc(rounds: int) -> Table:
         for name in found:
             call = [sys.executable, __file__, "--faults", "--rounds", str(rounds)]
             settings = environment(keeping=name == "kept")
-            done = subprocess.run(call, env=settings, capture_output=True, text=True, check=True)
+            done = subprocess.run(call, env=settings, stdout=subprocess.PIPE, text=True, check=True)
             found[name].append(json.loads(done.stdout))
     rows = []
     for program in found["kept"][0]:
