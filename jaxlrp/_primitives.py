@@ -149,7 +149,8 @@ SCATTER_ADD = primitives("scatter_add")
 
 #: One operand wins and takes all.
 PICKING = primitives("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "cummax", "cummin")
-WINDOW_PICK = primitives("reduce_window_max", "reduce_window_min")
+MAX_POOL = primitives("reduce_window_max")
+WINDOW_PICK = MAX_POOL | primitives("reduce_window_min")
 SORTING = primitives("sort", "top_k", "approx_top_k")
 
 SCATTER_PICK = primitives("scatter_max", "scatter_min")

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
+from . import _primitives as P
 from .composites import Assignment, Assignments
-from .graph import Program, Value, wide_dtype
+from .graph import Equation, Program, Value, wide_dtype
 from .remat import Blocks
 from .rules import AlphaBeta, Epsilon, Gamma, Norm, Pass, Route, Rule, Zero, ZPlus
-from .rules._pool import is_window_pick
+from .rules._pool import is_window_pick, tiles
 
 
 def positive_values(program: Program, assignments: Assignments) -> frozenset[Value]:
@@ -43,6 +44,25 @@ def rectified_values(
         made_by = program.producer.get(value)
         if value in positive and made_by is not None and blocks.get(made_by) is blocks.get(layer.equations[-1]):
             found[value] = relu
+    return found
+
+
+def pooled_values(
+    program: Program, assignments: Assignments, rectified: Mapping[Value, Value], blocks: Blocks
+) -> dict[Value, Equation]:
+    """Of such relus those that only a max pool reads: relevance comes to the winners, whose value is the pool's output.
+
+    Where its windows do not overlap the relu itself, by far the larger, need not be kept then.
+    """
+    rules = {a.layer.equations[0]: a.rule for a in assignments}
+    found: dict[Value, Equation] = {}
+    for relu in rectified.values():
+        pool, *others = program.consumers.get(relu, [None])
+        if others or pool is None or relu in program.outputs or type(rules.get(pool)) is not Route:
+            continue
+        here = blocks.get(program.producer[relu]) is blocks.get(pool)
+        if here and pool.primitive in P.MAX_POOL and tiles(pool.params, relu.shape):
+            found[relu] = pool
     return found
 
 

@@ -23,7 +23,7 @@ from .layers import Layer, every_layer, forks
 from .remat import Blocks, find_blocks, own_blocks
 from .rules import Known, Rule
 from .signs import nonnegative_values
-from .support import positive_values, rectified_values, summands
+from .support import pooled_values, positive_values, rectified_values, summands
 from .tables import table
 from .targets import check_shape, seed
 
@@ -395,7 +395,8 @@ class Setup:
         positive = positive_values(traced.main, assignments)
         rectified = rectified_values(traced.main, assignments, positive, blocks)
         parts = summands(traced.main, assignments, rectified, blocks)
-        known = Known(traced.nonnegative, positive, rectified, parts, constant_values(assignments))
+        pooled = pooled_values(traced.main, assignments, rectified, blocks)
+        known = Known(traced.nonnegative, positive, rectified, pooled, parts, constant_values(assignments))
         env = traced.program.evaluate(traced.leaves, once=forks(traced.layers).union(rectified.values()))
         if self.check:
             for assignment in assignments:

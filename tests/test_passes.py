@@ -103,3 +103,20 @@ def test_kernels_of_a_matrix_product_are_not_turned_around(side, stride):
     copied = re.findall(r"\w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
     size = math.prod(variables["params"]["kernel"].shape)
     assert size not in [math.prod(map(int, shape.split(","))) for shape in copied]
+
+
+def test_what_a_pool_reads_is_not_kept():
+    class Pools(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for features in (8, 32, 128):  # relus of one size
+                x = nn.max_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), (2, 2))
+            return x.mean((1, 2))
+
+    model, x = Pools(), jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    explain = jaxlrp.lrp(model, jaxlrp.Composite.uniform(jaxlrp.Epsilon()))
+    memory = jax.jit(explain).lower(variables, x).compile().memory_analysis()
+    relu = 2 * 64 * 64 * 8 * 4
+    kernels = sum(a.nbytes for a in jax.tree.leaves(variables))  # turned around
+    assert memory.temp_size_in_bytes < 2.5 * relu + kernels  # of three

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import pytest
 
 import jaxlrp
 from jaxlrp.rules import Known
+from jaxlrp.rules._pool import at_winners
 from jaxlrp.support import positive_values
 from jaxlrp.transform import Setup
 
@@ -102,6 +104,55 @@ def test_behind_a_relu_its_output_is_read():
     assert rectified(ahead) == {"a", "c", "add"}
     for z, relu in ahead.known.rectified.items():
         np.testing.assert_array_equal(np.maximum(ahead.env[z], 0.0), ahead.env[relu])
+
+
+class Pooled(nn.Module):
+    """A convolution, a relu and a max pool, and perhaps another reader of the relu."""
+
+    window: int = 2
+    stride: int = 2
+    read_twice: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3))(x))
+        x = nn.max_pool(x, (self.window,) * 2, (self.stride,) * 2).reshape(x.shape[0], -1), x.mean((1, 2))
+        return nn.Dense(3)(jnp.concatenate(x, -1) if self.read_twice else x[0])
+
+
+def test_behind_a_pool_its_output_is_read():
+    ahead = forward(Pooled(), GAMMA)
+    ((relu, pool),) = ahead.known.pooled.items()
+    (z,) = (z for z, of_it in ahead.known.rectified.items() if of_it is relu)
+    relevance = np.asarray(ahead.fold(ahead.output).relevance[z])
+    spread = np.asarray(at_winners(ahead.env[pool.outputs[0]], pool.params))
+    came = relevance != 0
+    assert came.any()
+    np.testing.assert_array_equal(np.asarray(ahead.env[relu])[came], spread[came])
+
+
+@pytest.mark.parametrize(
+    ("model", "composite"),
+    [
+        (Pooled(window=3), GAMMA),  # places that lie in several windows
+        (Pooled(window=2, stride=3), GAMMA),  # and in none
+        (Pooled(read_twice=True), GAMMA),
+        (Pooled(), GAMMA.extend((jaxlrp.kind("pick"), jaxlrp.Gradient()))),
+    ],
+)
+def test_where_others_than_winners_may_get_relevance_the_relu_is_read(model, composite):
+    assert not forward(model, composite).known.pooled
+
+
+@pytest.mark.parametrize("rule", [jaxlrp.Gamma(0.5), jaxlrp.ZPlus(), jaxlrp.AlphaBeta(2.0, 1.0), jaxlrp.Epsilon()])
+def test_reading_the_pool_changes_nothing(rule):
+    ahead = forward(Pooled(), jaxlrp.Composite.uniform(rule))
+    assert ahead.known.pooled
+    blind = functools.partial(jaxlrp.fold.fold, ahead.traced.main, ahead.assignments, ahead.env, [ahead.output])
+    plain = dataclasses.replace(ahead.known, pooled={})
+    with_it, without = (blind(k).relevance for k in (ahead.known, plain))
+    for source in ahead.traced.sources:
+        np.testing.assert_array_equal(with_it[source], without[source])
 
 
 def test_no_other_activation_is_taken_for_a_relu():

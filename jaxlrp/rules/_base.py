@@ -19,7 +19,7 @@ from ..errors import RuleError
 from ..graph import Equation, Value, read, widen
 from ..layers import Layer
 from ..linear import LinearMap
-from ._pool import is_window_pick, to_winners
+from ._pool import at_winners, is_window_pick, to_winners
 
 Arrays = tuple[jax.Array, ...]
 PerUnit = tuple[jax.Array | None, ...]  # R / x of every value, or None where nobody knows it without dividing
@@ -49,6 +49,7 @@ class Known:
         nonnegative: values that are never negative: half of a sign split is empty.
         positive: values to which relevance comes only where they are positive: a rule need not think of the rest.
         rectified: for some of them the relu of it: the same number wherever relevance comes.
+        pooled: for some of these relus the max pool that alone reads them: relevance comes to winners only.
         summands: for some values a sum and its other summand: the difference is the same number wherever relevance
             comes, up to rounding of the size of the other.
         constant: values that are made only of what a `Constant` rule declared constant.
@@ -57,6 +58,7 @@ class Known:
     nonnegative: frozenset[Value] = frozenset()
     positive: frozenset[Value] = frozenset()
     rectified: Mapping[Value, Value] = dataclasses.field(default_factory=dict)
+    pooled: Mapping[Value, Equation] = dataclasses.field(default_factory=dict)
     summands: Mapping[Value, tuple[Value, Value]] = dataclasses.field(default_factory=dict)
     constant: frozenset[Value] = frozenset()
 
@@ -133,7 +135,10 @@ class LayerCall:
         """The output as it is wherever relevance comes, made of values that others read too."""
         value = self.layer.outputs[0]
         if value in self.known.rectified:
-            return widen(read(self.env, self.known.rectified[value]))
+            relu = self.known.rectified[value]
+            if (pool := self.known.pooled.get(relu)) is not None:
+                return at_winners(widen(read(self.env, pool.outputs[0])), pool.params)
+            return widen(read(self.env, relu))
         # A quotient of relevance and a difference that is rounded otherwise would be far off near 0.
         exact = bool(self.per_unit) and self.per_unit[0] is not None
         return self._difference(value) if exact and value in self.known.summands else None
