@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from . import _primitives as P
 from .composites import Assignment, Assignments
 from .graph import Equation, Program, Value, wide_dtype
+from .layers import forks
 from .remat import Blocks
 from .rules import AlphaBeta, Epsilon, Gamma, Norm, Pass, Route, Rule, Zero, ZPlus
 from .rules._pool import is_window_pick, tiles
@@ -50,18 +51,22 @@ def rectified_values(
 def pooled_values(
     program: Program, assignments: Assignments, rectified: Mapping[Value, Value], blocks: Blocks
 ) -> dict[Value, Equation]:
-    """Of such relus those that only a max pool reads: relevance comes to the winners, whose value is the pool's output.
+    """Of such relus those that only a max pool reads: relevance comes to winners, whose value is the pool's output.
 
-    Where its windows do not overlap the relu itself, by far the larger, need not be kept then.
+    Where its windows do not overlap the relu itself, by far the larger, need not be kept then. Nobody else may read
+    what the relu reads either: it would hand relevance to other places.
     """
     rules = {a.layer.equations[0]: a.rule for a in assignments}
+    shared = forks(a.layer for a in assignments)
     found: dict[Value, Equation] = {}
-    for relu in rectified.values():
+    for value, relu in rectified.items():
         pool, *others = program.consumers.get(relu, [None])
         if others or pool is None or relu in program.outputs or type(rules.get(pool)) is not Route:
             continue
+        if value in shared or value in program.outputs:
+            continue
         here = blocks.get(program.producer[relu]) is blocks.get(pool)
-        if here and pool.primitive in P.MAX_POOL and tiles(pool.params, relu.shape):
+        if here and pool.primitive in P.MAX_POOL and is_window_pick(pool) and tiles(pool.params, relu.shape):
             found[relu] = pool
     return found
 

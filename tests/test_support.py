@@ -144,6 +144,23 @@ def test_where_others_than_winners_may_get_relevance_the_relu_is_read(model, com
     assert not forward(model, composite).known.pooled
 
 
+@pytest.mark.parametrize("other", [jax.nn.relu, jax.nn.relu6, lambda z: pool_of(jax.nn.relu(z), 4)])
+@pytest.mark.parametrize("last", [True, False])
+def test_two_activations_of_one_value(other, last):
+    def model(x, w):
+        z = x @ w
+        parts = [other(z).sum(), pool_of(jax.nn.relu(z), 2).sum()]
+        return sum(parts if last else parts[::-1])
+
+    x, w = jnp.array([[1.0]]), jnp.array([[3.0, 1.0, 0.5, 2.0]])
+    relevance = jaxlrp.lrp(model, jaxlrp.Composite.uniform(jaxlrp.Zero()))(x, w)
+    np.testing.assert_allclose(relevance, [[model(x, w)]], rtol=1e-6)  # no bias: nothing is lost
+
+
+def pool_of(x, window):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window), (1, window), "VALID")
+
+
 @pytest.mark.parametrize("rule", [jaxlrp.Gamma(0.5), jaxlrp.ZPlus(), jaxlrp.AlphaBeta(2.0, 1.0), jaxlrp.Epsilon()])
 def test_reading_the_pool_changes_nothing(rule):
     ahead = forward(Pooled(), jaxlrp.Composite.uniform(rule))
