@@ -51,23 +51,22 @@ def rectified_values(
 def pooled_values(
     program: Program, assignments: Assignments, rectified: Mapping[Value, Value], blocks: Blocks
 ) -> dict[Value, Equation]:
-    """Of such relus those that only a max pool reads: relevance comes to winners, whose value is the pool's output.
+    """Of such values those whose relu only a max pool reads, and the pool: relevance comes where the relu won.
 
-    Where its windows do not overlap the relu itself, by far the larger, need not be kept then. Nobody else may read
-    what the relu reads either: it would hand relevance to other places.
+    There the value is the pool's output. If its windows do not overlap, the relu, by far the larger, need not be kept.
+    Nobody else may read the value either: it would hand relevance to other places.
     """
     rules = {a.layer.equations[0]: a.rule for a in assignments}
-    shared = forks(a.layer for a in assignments)
+    shared = forks(a.layer for a in assignments).union(program.outputs)
     found: dict[Value, Equation] = {}
     for value, relu in rectified.items():
-        pool, *others = program.consumers.get(relu, [None])
-        if others or pool is None or relu in program.outputs or type(rules.get(pool)) is not Route:
+        if value in shared or not _read_once(program, relu):
             continue
-        if value in shared or value in program.outputs:
-            continue
+        (pool,) = program.consumers[relu]
+        takes_all = pool.primitive in P.MAX_POOL and is_window_pick(pool) and type(rules.get(pool)) is Route
         here = blocks.get(program.producer[relu]) is blocks.get(pool)
-        if here and pool.primitive in P.MAX_POOL and is_window_pick(pool) and tiles(pool.params, relu.shape):
-            found[relu] = pool
+        if takes_all and here and tiles(pool.params, relu.shape):
+            found[value] = pool
     return found
 
 
@@ -103,7 +102,7 @@ def summands(
 
 
 def _read_once(program: Program, value: Value) -> bool:
-    return len(program.consumers[value]) == 1 and value not in program.outputs
+    return len(program.consumers.get(value, ())) == 1 and value not in program.outputs
 
 
 _NORMALISING = (Zero, Epsilon, Norm, ZPlus, AlphaBeta, Gamma)

@@ -122,8 +122,8 @@ class Pooled(nn.Module):
 
 def test_behind_a_pool_its_output_is_read():
     ahead = forward(Pooled(), GAMMA)
-    ((relu, pool),) = ahead.known.pooled.items()
-    (z,) = (z for z, of_it in ahead.known.rectified.items() if of_it is relu)
+    ((z, pool),) = ahead.known.pooled.items()
+    relu = ahead.known.rectified[z]
     relevance = np.asarray(ahead.fold(ahead.output).relevance[z])
     spread = np.asarray(at_winners(ahead.env[pool.outputs[0]], pool.params))
     came = relevance != 0

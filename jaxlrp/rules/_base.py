@@ -49,7 +49,7 @@ class Known:
         nonnegative: values that are never negative: half of a sign split is empty.
         positive: values to which relevance comes only where they are positive: a rule need not think of the rest.
         rectified: for some of them the relu of it: the same number wherever relevance comes.
-        pooled: for some of these relus the max pool that alone reads them: relevance comes to winners only.
+        pooled: for some of these the max pool that alone reads the relu: relevance comes only where the relu won.
         summands: for some values a sum and its other summand: the difference is the same number wherever relevance
             comes, up to rounding of the size of the other.
         constant: values that are made only of what a `Constant` rule declared constant.
@@ -134,11 +134,11 @@ class LayerCall:
     def _stand_in(self) -> jax.Array | None:
         """The output as it is wherever relevance comes, made of values that others read too."""
         value = self.layer.outputs[0]
+        if value in self.known.pooled:
+            pool = self.known.pooled[value]
+            return at_winners(widen(read(self.env, pool.outputs[0])), pool.params)
         if value in self.known.rectified:
-            relu = self.known.rectified[value]
-            if (pool := self.known.pooled.get(relu)) is not None:
-                return at_winners(widen(read(self.env, pool.outputs[0])), pool.params)
-            return widen(read(self.env, relu))
+            return widen(read(self.env, self.known.rectified[value]))
         # A quotient of relevance and a difference that is rounded otherwise would be far off near 0.
         exact = bool(self.per_unit) and self.per_unit[0] is not None
         return self._difference(value) if exact and value in self.known.summands else None

@@ -3,8 +3,8 @@
 jax's own derivative emits XLA's ``select_and_scatter``, which takes many times as long on a CPU as comparing each place
 of the window with the maximum. Of several equal maxima the first takes all, as in jax's derivative.
 
-Most pools tile their input: every place lies in one window. Then a byte for each window, the number of its winner, is
-all that the way back needs of the input, which is by far the larger: it need not be kept. What a winner was, the output
+Most pools tile their input: every place lies in one window. Then all that the way back needs of the input is a byte for
+each window, the number of its winner: the input, by far the larger, need not be kept. What a winner was, the output
 says.
 """
 
@@ -52,15 +52,21 @@ def to_winners(x: jax.Array, z: jax.Array, coming: jax.Array, params: Mapping[st
         coming: cotangents or relevance, of the output's shape.
         params: the pool's windows, strides, padding and dilation, one entry per axis.
     """
-    if tiles(params, x.shape):
-        winner = jnp.full_like(z, -1, jnp.int8)  # sharded as it is
-        for number, (_, part) in enumerate(_by_place(x, z.shape, params)):
-            winner = jnp.where((winner < 0) & (part == z), np.int8(number), winner)
-        winner = lax.optimization_barrier(winner)  # or XLA would compare, and keep x, only when relevance comes
-        window = params["window_dimensions"]
-        number = jnp.arange(math.prod(window), dtype=jnp.int8)
-        mine = _in_windows(winner, window) == number.reshape([n for k in window for n in ((1, k) if k > 1 else (1,))])
-        return _joined(jnp.where(mine, _in_windows(coming, window), 0.0), window)
+    return (_to_tiles if tiles(params, x.shape) else _to_any)(x, z, coming, params)
+
+
+def _to_tiles(x: jax.Array, z: jax.Array, coming: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+    winner = jnp.full_like(z, -1, jnp.int8)  # sharded as it is
+    for number, (_, part) in enumerate(_by_place(x, z.shape, params)):
+        winner = jnp.where((winner < 0) & (part == z), np.int8(number), winner)
+    winner = lax.optimization_barrier(winner)  # or XLA would compare, and keep x, only when relevance comes
+    window = params["window_dimensions"]
+    number = jnp.arange(math.prod(window), dtype=jnp.int8)
+    mine = _in_windows(winner, window) == number.reshape([n for k in window for n in ((1, k) if k > 1 else (1,))])
+    return _joined(jnp.where(mine, _in_windows(coming, window), 0.0), window)
+
+
+def _to_any(x: jax.Array, z: jax.Array, coming: jax.Array, params: Mapping[str, Any]) -> jax.Array:
     padding, strides = params["padding"], params["window_strides"]
     padded = lax.pad(x, jnp.asarray(jnp.nan, x.dtype), [(low, high, 0) for low, high in padding])  # wins nowhere
     taken = jnp.zeros(z.shape, bool)
