@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -29,6 +29,8 @@ def folded(run, x, r):
     padding=st.tuples(*[st.tuples(st.integers(0, 1), st.integers(0, 1))] * 2),
     seed=st.integers(0, 1000),
 )
+@example(size=(6, 9), window=(2, 3), strides=(2, 3), padding=((0, 0), (0, 0)), seed=0)  # tiles
+@example(size=(7, 9), window=(2, 3), strides=(2, 3), padding=((0, 0), (0, 0)), seed=0)  # a row is left over
 def test_it_equals_jax_with_ties(size, window, strides, padding, seed):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.integers(0, 3, (2, *size, 2)), jnp.float32)  # many ties
