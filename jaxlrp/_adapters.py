@@ -95,8 +95,13 @@ def _linen(model: nn.Module) -> Adapted:
                 f"explain() of {type(model).__name__} takes its variables first, as model.apply does: "
                 f"explain(params, x), not {_describe(variables)}"
             )
-        with _training_mode_is_an_error(), nn.intercept_methods(_refuse_training):
-            return model.apply(variables, *args, **kwargs)
+        try:
+            with _training_mode_is_an_error(), nn.intercept_methods(_refuse_training):
+                return model.apply(variables, *args, **kwargs)
+        except flax.errors.FlaxError as error:
+            if variables and "params" not in variables:
+                error.add_note('variables come by collection: explain({"params": params, ...}, x), as in model.apply')
+            raise
 
     return Adapted(fun, 1, model.name or type(model).__name__)
 
@@ -155,9 +160,16 @@ def _nnx(model: nnx.Module) -> Adapted:
             raise NotDeterministicError(_dropout_is_on(name, "Call model.eval() before jaxlrp.lrp(model)."))
         if isinstance(module, nnx.BatchNorm) and not module.use_running_average:
             raise NotDeterministicError(_batch_statistics_are_on(name, "Call model.eval() before jaxlrp.lrp(model)."))
-    graph = nnx.graphdef(model)
+    graph, whole = nnx.split(model)
+    size = len(jax.tree.leaves(whole))
 
     def fun(state: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(state, Mapping) or len(jax.tree.leaves(state)) != size:
+            raise TypeError(
+                f"explain() of {type(model).__name__} takes the module itself first or all of its state, statistics "
+                f"and random keys too: explain(nnx.state(model), x), {size} arrays; not {_describe(state)} of "
+                f"{len(jax.tree.leaves(state))}"
+            )
         return nnx.merge(graph, state)(*args, **kwargs)
 
     def prepare(args: tuple[Any, ...]) -> tuple[Any, ...]:

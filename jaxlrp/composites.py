@@ -118,7 +118,7 @@ class Name(Selector):
         found = match_names(self.pattern, [layer.name for layer in layers])
         if not any(found):
             names = [layer.name for layer in layers]
-            hint = _absorbed(self.pattern, layers) or _closest(self.pattern, names)
+            hint = _within(self.pattern, names) or _absorbed(self.pattern, layers) or _closest(self.pattern, names)
             raise UnknownLayerError(f"no layer is called {self.pattern!r}{hint}")
         return found
 
@@ -225,6 +225,12 @@ def match_names(pattern: str, names: Iterable[str]) -> list[bool]:
         expression += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part))
     compiled = re.compile(expression)
     return [compiled.fullmatch(n) is not None for n in names]
+
+
+def _within(pattern: str, names: Sequence[str]) -> str:
+    """What to write for the layers of a module that has several."""
+    inside = f"{pattern}/**"
+    return f"; layers inside of what it names are called {inside!r}" if any(match_names(inside, names)) else ""
 
 
 def _absorbed(pattern: str, layers: Sequence[Layer]) -> str:

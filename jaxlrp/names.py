@@ -15,7 +15,9 @@ def _module_of(path: str) -> str:
     parts = [p for p in path.split("/") if p]
     if parts and parts[0] in _COLLECTIONS:
         parts = parts[1:]
-    while len(parts) > 1 and parts[-1] in _LEAVES:
+    if parts[-1:] == ["value"] and parts[-2:-1] and parts[-2] in _LEAVES:
+        parts = parts[:-1]  # NNX calls what is in a variable so: Conv_0/kernel/value
+    if len(parts) > 1 and parts[-1] in _LEAVES:  # once: modules are called "value" or "scale" too
         parts = parts[:-1]
     return "/".join(parts)
 

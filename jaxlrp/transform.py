@@ -14,8 +14,8 @@ import numpy as np
 
 from . import _compat
 from ._adapters import Adapted, as_function
-from .composites import Assignment, Assignments, Composite, as_composite, match_names
-from .errors import InputError, UnknownLayerError
+from .composites import Assignment, Assignments, Composite, Name, as_composite
+from .errors import InputError
 from .fold import Folded, Relevances, Step, Watch, at, constant_values, fold
 from .graph import Env, Program, Value, read, trace_program
 from .lattice import find_layers
@@ -203,13 +203,10 @@ def layerwise_lrp(
 
     def explain(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         forward = setup.forward(args, kwargs)
-        names = [a.layer.name for a, _ in forward.assignments.every()]
-        wanted = set()
-        for pattern in patterns:
-            found = list(itertools.compress(names, match_names(pattern, names)))
-            if not found:
-                raise UnknownLayerError(f"no layer is called {pattern!r}; the model has: {', '.join(names)}")
-            wanted.update(found)
+        layers = [a.layer for a, _ in forward.assignments.every()]
+        wanted = {
+            layer.name for pattern in patterns for layer in itertools.compress(layers, Name(pattern).select(layers))
+        }
         start = seed(default if target is None else target, forward.output)
         relevance, seen, _ = forward.fold(start, _Capture())
         captured = {}
@@ -368,6 +365,8 @@ class Setup:
             program = trace_program(flat, arrays, [i in which for i in dynamic], [names[i] for i in dynamic])
         except Exception as error:
             error.add_note(f"jaxlrp was tracing the model with {_describe(args, kwargs)}")
+            if len(args) > max(chosen) + 1:
+                error.add_note("what comes by position goes to the model; a target comes by name: target=labels")
             if isinstance(error, jax.errors.ConcretizationTypeError):
                 error.add_note(
                     "flags such as train=False must stay Python values: name them in jax.jit's static_argnames"

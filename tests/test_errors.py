@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -400,6 +401,17 @@ def test_the_name_of_a_module_that_another_absorbed() -> None:
         jaxlrp.lrp(model, rules)(model.init(jax.random.key(0), X), X)
 
 
+def test_the_name_of_a_module_with_layers_of_its_own() -> None:
+    model = nn.Sequential([nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(4)]), nn.Dense(2)])
+    variables = model.init(jax.random.key(0), X)
+    for explain in (
+        jaxlrp.lrp(model, jaxlrp.EpsilonPlus().extend((jaxlrp.name("layers_0"), jaxlrp.Zero()))),
+        jaxlrp.layerwise_lrp(model, capture="layers_0"),
+    ):
+        with refused(jaxlrp.UnknownLayerError, r"'layers_0'; layers inside of .* 'layers_0/\*\*'"):
+            explain(variables, X)
+
+
 @pytest.mark.parametrize("select", [jaxlrp.kind, jaxlrp.first, jaxlrp.last])
 def test_an_unknown_kind_shows_near_ones(select: Callable[..., Any]) -> None:
     with refused(jaxlrp.UnknownLayerError, "'liner'", "did you mean", "'linear'"):
@@ -524,6 +536,37 @@ def test_random_numbers_that_are_no_dropout_layer() -> None:
 def test_dropout_of_rate_zero_is_fine() -> None:
     model, params = mlp(nn.Dense(4), nn.Dropout(0.0, deterministic=False), nn.Dense(2))
     assert jaxlrp.lrp(model)(params, X).shape == X.shape
+
+
+@pytest.mark.parametrize(
+    "part", [lambda model: nnx.state(model, nnx.Param), nnx.split], ids=["parameters alone", "graph and state"]
+)
+def test_a_part_of_an_nnx_state(part: Callable[..., Any]) -> None:
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    model.eval()
+    explain = jaxlrp.lrp(model)
+    np.testing.assert_array_equal(explain(nnx.state(model), X), explain(model, X))
+    with refused(TypeError, "all of its state", r"nnx.state\(model\), x\), 6 arrays"):
+        explain(part(model), X)
+
+
+def test_parameters_without_their_collection() -> None:
+    model, variables = mlp()
+    with pytest.raises(flax.errors.FlaxError) as caught:
+        jaxlrp.lrp(model)(variables["params"], X)
+    assert any('explain({"params": params, ...}, x)' in note for note in caught.value.__notes__)
+
+
+def test_a_target_by_position() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, train: Any = False) -> Any:
+            return nn.Dense(2)(x) if train else nn.Dense(3)(x)
+
+    model, labels = Net(), np.array([0, 1])
+    with pytest.raises(ValueError, match="truth value") as caught:
+        jaxlrp.lrp(model)(model.init(jax.random.key(0), X), X, labels)
+    assert any("a target comes by name: target=labels" in note for note in caught.value.__notes__)
 
 
 def test_dropout_left_on_in_nnx() -> None:

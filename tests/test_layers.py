@@ -1068,6 +1068,29 @@ def test_layers_of_nnx_are_named_after_their_parameters() -> None:
     assert [layer.name for layer in layers_of(case)] == ["layers/0", "relu", "layers/3"]
 
 
+def test_modules_may_be_called_as_parameters_are() -> None:
+    class Heads(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.value, self.w = nnx.Linear(2, 2, rngs=rngs), nnx.Linear(2, 2, rngs=rngs)
+            self.scale = nnx.Param(np.eye(2, dtype=np.float32))
+
+        def __call__(self, x: Any) -> Any:
+            return self.w(self.value(x)) @ self.scale
+
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.heads = Heads(rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.heads(x)
+
+    net, x = Net(nnx.Rngs(0)), np.ones((1, 2), np.float32)
+    assert jaxlrp.trace(net, nnx.state(net), x).names == ("heads/value", "heads/w", "heads")
+    params = {"heads": {"value": {"kernel": np.eye(2)}, "w": {"w": np.eye(2)}}}
+    heads = lambda x, p: x @ p["heads"]["value"]["kernel"] @ p["heads"]["w"]["w"]  # noqa: E731
+    assert jaxlrp.trace(heads, x, params).names == ("heads/value", "heads/w")
+
+
 def test_layers_know_where_they_are_written() -> None:
     (layer, *_) = layers_of(next(c for c in CASES if c.name == "SwiGLU"))
     assert layer.source.startswith("test_layers.py:")
