@@ -56,14 +56,14 @@ def pooled_values(
     There the value is the pool's output. If its windows do not overlap, the relu, by far the larger, need not be kept.
     Nobody else may read the value either: it would hand relevance to other places.
     """
-    rules = {a.layer.equations[0]: a.rule for a in assignments}
+    pools = {a.layer.equations[0] for a in assignments if is_window_pick(a.layer) and type(a.rule) is Route}
     shared = forks(a.layer for a in assignments).union(program.outputs)
     found: dict[Value, Equation] = {}
     for value, relu in rectified.items():
         if value in shared or not _read_once(program, relu):
             continue
         (pool,) = program.consumers[relu]
-        takes_all = pool.primitive in P.MAX_POOL and is_window_pick(pool) and type(rules.get(pool)) is Route
+        takes_all = pool in pools and pool.primitive in P.MAX_POOL
         here = blocks.get(program.producer[relu]) is blocks.get(pool)
         if takes_all and here and tiles(pool.params, relu.shape):
             found[value] = pool
@@ -128,6 +128,6 @@ def _hands_on(assignment: Assignment, behind: bool) -> tuple[bool, bool]:
     layer, rule = assignment.layer, assignment.rule
     if type(rule) is Pass and layer.rectifies:
         return behind, behind
-    if type(rule) is Route and (layer.kind == "move" or is_window_pick(layer.equations[0])):
+    if type(rule) is Route and (layer.kind == "move" or is_window_pick(layer)):
         return behind, False  # an input has the value of the outputs that it went to
     return rule.proportional, False

@@ -38,6 +38,15 @@ hypothesis.settings.load_profile("jaxlrp")
 
 
 @pytest.fixture
+def optimised() -> Iterator[None]:
+    """LLVM's optimisations, as a user has them: multiplications and additions are joined, and so rounded otherwise."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def x64() -> Iterator[None]:
     """Run the test in double precision; arrays made outside of the test keep theirs."""
     with jax.enable_x64(True):

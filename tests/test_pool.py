@@ -66,3 +66,43 @@ def test_no_scatter_is_left_in_the_program(rng):
     text = jax.jit(jaxlrp.lrp(run, jaxlrp.Composite())).lower(x).as_text()
     assert "select_and_scatter" not in text
     assert "select_and_scatter" in jax.jit(jax.grad(lambda x: run(x).sum())).lower(x).as_text()
+
+
+ROUNDED = {  # XLA computes the pool's input again for the way back: of more bits than a bfloat16 has
+    "tiles": lambda h: pool(h, (1, 2), (1, 2), "VALID"),
+    "minimum": lambda h: pool(h, (1, 2), (1, 2), "VALID", reducer=lax.min, start=jnp.inf),
+    "overlapping": lambda h: pool(h, (1, 3), (1, 2), "SAME"),
+    "whole axis": lambda h: h.max(-1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_no_window_is_lost_to_rounding_in_bfloat16(rng, name):
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((64, 8), (8, 32)))
+    account = jax.jit(jaxlrp.ledger(lambda x: ROUNDED[name](jnp.tanh(x @ w)), jaxlrp.Epsilon()))(x)
+    row = next(k for k, layer in enumerate(account.layers) if layer.startswith(("max", "min")))
+    np.testing.assert_allclose(account.handed[row], account.arrived[row], rtol=1e-3)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("last", ["pool", "maximum"])
+def test_no_window_is_lost_where_xla_joins_products_and_sums(last, checkpoint):
+    shape = (3, 66, 66, 7)  # not of whole vectors: the last ones of a row are computed otherwise
+    keys = jax.random.split(jax.random.key(1), 4)
+    x, a, b, w = map(jax.random.normal, keys, (shape, (7,), (7,), (3, 3, 7, 7)))
+    names = ("NHWC", "HWIO", "NHWC")
+
+    def block(x, a, b, w):
+        h = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=names) * a + b
+        return pool(h, (1, 2, 2, 1), (1, 2, 2, 1), "VALID").sum((1, 2)) if last == "pool" else h.max((1, 2))
+
+    explain = jaxlrp.lrp(jax.checkpoint(block) if checkpoint else block, jaxlrp.Composite.uniform(jaxlrp.Epsilon()))
+    alone, compiled = explain(x, a, b, w), jax.jit(explain)(x, a, b, w)
+    np.testing.assert_allclose(jnp.sum(compiled), jnp.sum(alone), rtol=1e-3)
+
+
+def test_nan_and_infinities_have_a_winner_if_there_is_a_number():
+    x = jnp.array([[jnp.nan, 2.0, -jnp.inf, -jnp.inf, jnp.nan, jnp.nan]])
+    back = folded(lambda x: jnp.nan_to_num(pool(x, (1, 2), (1, 2), "VALID")) * 1.0, x, jnp.array([[1.0, 2.0, 3.0]]))
+    np.testing.assert_array_equal(back, [[0.0, 1.0, 2.0, 0.0, 0.0, 0.0]])

@@ -188,10 +188,12 @@ class LayerCall:
 
     def vjp(self, *cotangents: jax.Array, hold_scale: bool = False) -> Arrays:
         """The layer's own derivative, transposed: ``J^T c`` at its inputs."""
-        if len(self.layer.equations) == 1 and is_window_pick(self.layer.equations[0]):
-            params = self.layer.equations[0].params
-            return (to_winners(self.inputs[0], self.outputs[0], cotangents[0], params),)
-        _, pull = jax.vjp(functools.partial(self.apply, hold_scale=hold_scale), *self.inputs)
+        if is_window_pick(self.layer):
+            return (to_winners(self.inputs[0], cotangents[0], self.layer.equations[0]),)
+        inputs = self.inputs
+        if self.layer.kind == "pick":  # jax compares them with the maximum: XLA must not round the two otherwise
+            inputs = lax.optimization_barrier(inputs)
+        _, pull = jax.vjp(functools.partial(self.apply, hold_scale=hold_scale), *inputs)
         return pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, self.outputs, strict=True)))
 
 

@@ -22,11 +22,13 @@ from jax import lax
 
 from .. import _primitives as P
 from ..graph import Equation
+from ..layers import Layer
 
 
-def is_window_pick(equation: Equation) -> bool:
-    """Whether this is a max or min pool (over an input that is not dilated itself)."""
-    return equation.primitive in P.WINDOW_PICK and set(equation.params["base_dilation"]) == {1}
+def is_window_pick(layer: Layer) -> bool:
+    """Whether this is a max or min pool and no more (over an input that is not dilated itself)."""
+    (equation, *more) = layer.equations
+    return not more and equation.primitive in P.WINDOW_PICK and set(equation.params["base_dilation"]) == {1}
 
 
 def tiles(params: Mapping[str, Any], shape: Sequence[int]) -> bool:
@@ -43,42 +45,54 @@ def at_winners(z: jax.Array, params: Mapping[str, Any]) -> jax.Array:
     return _joined(_in_windows(z, window), window)
 
 
-def to_winners(x: jax.Array, z: jax.Array, coming: jax.Array, params: Mapping[str, Any]) -> jax.Array:
-    """What comes to the outputs ``z`` of a pool over ``x``, at the places of ``x`` that won.
+def to_winners(x: jax.Array, coming: jax.Array, pool: Equation) -> jax.Array:
+    """What comes to the outputs of a pool over ``x``, at the places of ``x`` that won.
 
     Args:
         x: ``[...]`` the input.
-        z: ``[...]`` the output, one number per window.
-        coming: cotangents or relevance, of the output's shape.
-        params: the pool's windows, strides, padding and dilation, one entry per axis.
+        coming: cotangents or relevance, one number per window.
+        pool: the equation.
     """
-    return (_to_tiles if tiles(params, x.shape) else _to_any)(x, z, coming, params)
-
-
-def _to_tiles(x: jax.Array, z: jax.Array, coming: jax.Array, params: Mapping[str, Any]) -> jax.Array:
-    winner = jnp.full_like(z, -1, jnp.int8)  # sharded as it is
-    for number, (_, part) in enumerate(_by_place(x, z.shape, params)):
-        winner = jnp.where((winner < 0) & (part == z), np.int8(number), winner)
-    winner = lax.optimization_barrier(winner)  # or XLA would compare, and keep x, only when relevance comes
+    params = pool.params
+    winner = _winner(x, coming.shape, pool)
+    if not tiles(params, x.shape):
+        return _to_any(winner, x.shape, coming, params)
     window = params["window_dimensions"]
-    number = jnp.arange(math.prod(window), dtype=jnp.int8)
+    number = jnp.arange(math.prod(window), dtype=winner.dtype)
     mine = _in_windows(winner, window) == number.reshape([n for k in window for n in ((1, k) if k > 1 else (1,))])
     return _joined(jnp.where(mine, _in_windows(coming, window), 0.0), window)
 
 
-def _to_any(x: jax.Array, z: jax.Array, coming: jax.Array, params: Mapping[str, Any]) -> jax.Array:
-    padding, strides = params["padding"], params["window_strides"]
-    padded = lax.pad(x, jnp.asarray(jnp.nan, x.dtype), [(low, high, 0) for low, high in padding])  # wins nowhere
-    taken = jnp.zeros(z.shape, bool)
-    total = jnp.zeros(x.shape, coming.dtype)
-    for start, part in _by_place(padded, z.shape, params):
-        wins = (part == z) & ~taken
-        taken = taken | wins
+def _winner(x: jax.Array, windows: Sequence[int], pool: Equation) -> jax.Array:
+    """Which place of each window won, by its number; -1 where a window lies in the padding altogether.
+
+    Places are compared with one another, not with the pool's output: XLA may compute ``x`` once more for this and round
+    it otherwise (multiplications and additions joined in one, or more bits than a bfloat16 has), and then none would
+    be equal to the output.
+    """
+    padded = lax.pad(x, jnp.asarray(jnp.nan, x.dtype), [(low, high, 0) for low, high in pool.params["padding"]])
+    beats = lax.gt if pool.primitive in P.MAX_POOL else lax.lt
+    places = _by_place(padded, windows, pool.params)
+    number = np.int8 if math.prod(pool.params["window_dimensions"]) <= np.iinfo(np.int8).max else np.int32
+    best = next(places)
+    winner = jnp.where(jnp.isnan(best), number(-1), number(0))  # nan is padding, which wins nowhere
+    for k, part in enumerate(places, start=1):
+        wins = beats(part, best) | (jnp.isnan(best) & ~jnp.isnan(part))
+        winner, best = jnp.where(wins, number(k), winner), jnp.where(wins, part, best)
+    return lax.optimization_barrier(winner)  # or XLA would compare, and keep x, only when relevance comes
+
+
+def _to_any(winner: jax.Array, shape: Sequence[int], coming: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+    total = jnp.zeros(shape, coming.dtype)
+    zero = jnp.zeros((), coming.dtype)
+    for k, start in enumerate(_starts(params)):
         back = [
             (a - low, n - (a - low) - (m - 1) * s - 1, s - 1)
-            for a, (low, _), n, m, s in zip(start, padding, x.shape, z.shape, strides, strict=True)
+            for a, (low, _), n, m, s in zip(
+                start, params["padding"], shape, winner.shape, params["window_strides"], strict=True
+            )
         ]
-        total = total + lax.pad(jnp.where(wins, coming, 0.0), jnp.zeros((), coming.dtype), back)
+        total = total + lax.pad(jnp.where(winner == k, coming, zero), zero, back)
     return total
 
 
@@ -99,10 +113,15 @@ def _joined(split: jax.Array, window: Sequence[int]) -> jax.Array:
     return split
 
 
-def _by_place(x: jax.Array, windows: Sequence[int], params: Mapping[str, Any]) -> Iterator[tuple[list[int], jax.Array]]:
-    """For every place of a window: where it begins, and what all windows have there."""
+def _by_place(x: jax.Array, windows: Sequence[int], params: Mapping[str, Any]) -> Iterator[jax.Array]:
+    """For every place of a window: what all windows have there."""
     strides = params["window_strides"]
-    for offset in itertools.product(*map(range, params["window_dimensions"])):
-        start = [o * d for o, d in zip(offset, params["window_dilation"], strict=True)]
+    for start in _starts(params):
         end = [a + (n - 1) * s + 1 for a, n, s in zip(start, windows, strides, strict=True)]
-        yield start, lax.slice(x, start, end, strides)
+        yield lax.slice(x, start, end, strides)
+
+
+def _starts(params: Mapping[str, Any]) -> Iterator[list[int]]:
+    """For every place of a window: where the first window has it."""
+    for offset in itertools.product(*map(range, params["window_dimensions"])):
+        yield [o * d for o, d in zip(offset, params["window_dilation"], strict=True)]
