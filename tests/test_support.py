@@ -218,9 +218,35 @@ class SmoothFold(jaxlrp.Epsilon):
         return super().fold(call, smooth(relevance[0]))
 
 
-@pytest.mark.parametrize("rule", [SmoothShares(), SmoothFold()])
+class SmoothGamma(jaxlrp.Gamma):
+    def fold(self, call, *relevance):
+        return super().fold(call, smooth(relevance[0]))
+
+
+class ShiftedGamma(jaxlrp.Gamma):
+    def modify(self, linear):
+        return dataclasses.replace(linear, output=linear.output - 1.0)
+
+
+@pytest.mark.parametrize("rule", [SmoothShares(), SmoothFold(), SmoothGamma(0.5), ShiftedGamma(0.5)])
 def test_a_rule_of_a_user_may_spread_relevance_to_where_none_came(rule):
     ahead = forward(Net(), GAMMA.extend((jaxlrp.name("b"), rule)))
+    (source,) = ahead.traced.sources
+    blind = jaxlrp.fold.fold(ahead.traced.main, ahead.assignments, ahead.env, [ahead.output], Known())
+    np.testing.assert_allclose(
+        ahead.fold(ahead.output).relevance[source], blind.relevance[source], rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("rule", [jaxlrp.Epsilon(), jaxlrp.Gamma(0.5)])
+def test_a_pool_inside_of_another_layer_is_no_pool(rule):
+    class Likely(nn.Module):  # the pool is the first operation of the layer, which gives relevance to zeros too
+        @nn.compact
+        def __call__(self, x):
+            h = nn.relu(nn.Dense(6)(x)).reshape(-1, 1, 6)
+            return nn.Dense(1)(jax.nn.logsumexp(nn.max_pool(h, (1,), (1,)), axis=-1))
+
+    ahead = forward(Likely(), jaxlrp.Composite.uniform(jaxlrp.Epsilon()).extend((jaxlrp.kind("linear"), rule)))
     (source,) = ahead.traced.sources
     blind = jaxlrp.fold.fold(ahead.traced.main, ahead.assignments, ahead.env, [ahead.output], Known())
     np.testing.assert_allclose(

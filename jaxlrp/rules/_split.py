@@ -139,7 +139,7 @@ class SplitRule(Rule, kw_only=True):
             relevance, call = call.late(relevance)
         elif call.layer.linear is not None and call.layer.linear.convolves:  # kernels are turned around only then
             relevance, call = call.late(relevance, inputs=False)
-        own = call.linear
+        own = self._told(call, relevance)
         linear = self._modified(own)
         if self.bias == "redistribute":
             terms = self._redistributed(linear, relevance)
@@ -158,7 +158,7 @@ class SplitRule(Rule, kw_only=True):
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Bias, stabiliser, and what had no contribution of the right sign to go to."""
         (arrived,) = relevance
-        linear = self._modified(call.linear)
+        linear = self._modified(self._told(call, arrived))
         if self.bias == "redistribute":
             kept = self._redistributed_share(linear, arrived)
             return {"dropped sign": total(arrived - kept)}
@@ -175,13 +175,21 @@ class SplitRule(Rule, kw_only=True):
         losses["dropped sign"] += total(arrived - handed)
         return losses
 
+    def _told(self, call: LayerCall, relevance: jax.Array) -> LinearMap:
+        """The layer; what a rule of a user's own made of the relevance may lie where none came."""
+        arrived = bool(call.arrived) and relevance is call.arrived[0]
+        return call.linear if arrived else dataclasses.replace(call.linear, positive=False, stand_in=None)
+
     def _modified(self, own: LinearMap) -> LinearMap:
         new = self.modify(own)
         if new is own:
             return own
         same = new.inputs is own.inputs
         stack = own.stack if (new.apply, new.transpose) == (own.apply, own.transpose) else None
-        return dataclasses.replace(new, exact=False, nonnegative=own.nonnegative and same, stack=stack)
+        positive = own.positive and new.output is own.output
+        return dataclasses.replace(
+            new, exact=False, nonnegative=own.nonnegative and same, positive=positive, stack=stack
+        )
 
     def modify(self, linear: LinearMap) -> LinearMap:
         """Other inputs, weights or bias to compute contributions from; the layer's own by default."""
