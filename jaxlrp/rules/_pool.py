@@ -1,11 +1,11 @@
 """The transpose of max pooling: what arrives at a window goes to its winner.
 
-jax's own derivative emits XLA's ``select_and_scatter``, which takes many times as long on a CPU as comparing each place
-of the window with the maximum. Of several equal maxima the first takes all, as in jax's derivative.
+jax's own derivative emits XLA's ``select_and_scatter``, which takes many times as long on a CPU as comparing the places
+of a window. Of several equal maxima the first takes all, as in jax's derivative.
 
-Most pools tile their input: every place lies in one window. Then all that the way back needs of the input is a byte for
-each window, the number of its winner: the input, by far the larger, need not be kept. What a winner was, the output
-says.
+All that the way back needs of the input is a byte for each window, the number of its winner: the input need not be
+kept. Most pools tile their input, so that every place lies in one window. Then rules need not keep it either: what a
+winner was, the output says.
 """
 
 from __future__ import annotations
