@@ -24,10 +24,8 @@ import numpy as np
 
 from . import _compat
 from . import _primitives as P
-from .convolutions import Convolution
+from .bilinear import Arrays, Bilinear, bilinear, elementwise
 from .graph import Equation, Program, Value, read, wide_dtype, widen
-
-Arrays = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +121,10 @@ class LinearSpec:
         output = widen(read(env, self.output))
         scale, shift = self._tail(env)
         if self.core is None:
-            core = Core((scale,), _elementwise(output.shape))
+            core = Bilinear((scale,), elementwise(output.shape))
             weights, apply = core.weights, core.apply
         else:
-            core = _CORES[self.core.primitive](self.core, env)
+            core = bilinear(self.core, env)
             if core.constant is not None:
                 shift = core.constant * scale + shift
             weights = tuple(_scaled(self.core, w, scale) for w in core.weights)
@@ -401,106 +399,3 @@ def _features(core: Equation | None, tail: Sequence[Equation], ndim: int) -> tup
     if core is not None and core.primitive in P.SUMMING and ndim == 1:
         return ()  # the only axis left is that of the samples, or there are none
     return (ndim - 1,) if ndim else ()
-
-
-# -- the bilinear maps -----------------------------------------------------------------------------------------------
-
-
-class Core(NamedTuple):
-    """An operation ``f(x, w) + constant``."""
-
-    weights: Arrays
-    apply: Callable[[Arrays, Arrays], jax.Array]
-    constant: jax.Array | None = None
-    # (w, s) -> fᵀ, where jax's own is not the best
-    transpose: Callable[[Arrays, jax.Array], Arrays] | None = None
-    stack: tuple[int, int] | None = None  # see `LinearMap`
-    product: bool = False
-
-
-def _product(eqn: Equation, env: Mapping[Value, Any]) -> Core:
-    """Matrix products and convolutions: one operand is the input, the other the weight."""
-    side = 0 if eqn.inputs[0].depends else 1
-    weight = widen(read(env, eqn.inputs[1 - side]))
-    params = dict(eqn.params)
-    if params.get("preferred_element_type") is not None:
-        params["preferred_element_type"] = np.dtype(wide_dtype(eqn.outputs[0].dtype))
-
-    def apply(x: Arrays, w: Arrays) -> jax.Array:
-        operands = (x[0], w[0]) if side == 0 else (w[0], x[0])
-        operands = _promoted(*operands)
-        return _compat.bind(eqn.primitive, params, *operands)[0]
-
-    if eqn.primitive not in P.CONV or side == 1:
-        return Core((weight,), apply, product=True)
-    convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
-    return Core(
-        (weight,),
-        (lambda x, w: convolution.apply(*_promoted(x[0], w[0]))) if convolution.applies else apply,
-        transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.transposes else None,
-        stack=convolution.stack,
-        product=not convolution.depthwise,
-    )
-
-
-def _promoted(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dtype = jnp.promote_types(a.dtype, b.dtype)
-    return a.astype(dtype), b.astype(dtype)
-
-
-def _addition(eqn: Equation, env: Mapping[Value, Any]) -> Core:
-    """``a + b`` and ``a - b``: weights 1 and -1."""
-    sign = -1.0 if eqn.primitive in P.SUB else 1.0
-    signs = [1.0, sign]
-    dtype = wide_dtype(eqn.outputs[0].dtype)
-    weights = tuple(jnp.asarray(s, dtype) for v, s in zip(eqn.inputs, signs, strict=True) if v.carries)
-    shape = eqn.outputs[0].shape
-
-    def apply(x: Arrays, w: Arrays) -> jax.Array:
-        return sum((jnp.broadcast_to(a * c, shape) for a, c in zip(x, w, strict=True)), jnp.zeros((), dtype))
-
-    constants = [widen(read(env, v)) * s for v, s in zip(eqn.inputs, signs, strict=True) if not v.carries]
-    return Core(weights, apply, constants[0] if constants else None)
-
-
-def _summing(eqn: Equation, env: Mapping[Value, Any]) -> Core:
-    """Sums over axes or windows, cumulative sums: one weight for all."""
-    dtype = wide_dtype(eqn.outputs[0].dtype)
-
-    def apply(x: Arrays, w: Arrays) -> jax.Array:
-        return _compat.bind(eqn.primitive, eqn.params, x[0])[0] * w[0]
-
-    return Core((jnp.ones((), dtype),), apply)
-
-
-def _scatter_add(eqn: Equation, env: Mapping[Value, Any]) -> Core:
-    """``operand`` plus ``updates`` added at ``indices`` (segment sums): linear in both."""
-    operand, indices, updates = eqn.inputs
-    index = read(env, indices)
-    dtype = wide_dtype(eqn.outputs[0].dtype)
-    live = list(dict.fromkeys(v for v in (operand, updates) if v.carries))
-
-    def run(values: Mapping[Value, Any]) -> jax.Array:
-        zero = lambda v: jnp.zeros(v.shape, dtype)  # noqa: E731
-        a, u = (values.get(v, None) for v in (operand, updates))
-        a = zero(operand) if a is None else a
-        u = zero(updates) if u is None else u
-        return _compat.bind(eqn.primitive, eqn.params, a, index, u)[0]
-
-    def apply(x: Arrays, w: Arrays) -> jax.Array:
-        return run(dict(zip(live, x, strict=True))) * w[0]
-
-    fixed = {v: widen(read(env, v)) for v in (operand, updates) if not v.carries}
-    return Core((jnp.ones((), dtype),), apply, run(fixed) if fixed else None)
-
-
-def _elementwise(shape: tuple[int, ...]) -> Callable[[Arrays, Arrays], jax.Array]:
-    return lambda x, w: jnp.broadcast_to(x[0] * w[0], shape)
-
-
-_CORES: dict[Any, Callable[[Equation, Mapping[Value, Any]], Core]] = {
-    **dict.fromkeys(P.DOT | P.CONV, _product),
-    **dict.fromkeys(P.ADD | P.SUB, _addition),
-    **dict.fromkeys(P.SUMMING, _summing),
-    **dict.fromkeys(P.SCATTER_ADD, _scatter_add),
-}
