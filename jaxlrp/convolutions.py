@@ -17,6 +17,8 @@ elementwise products. XLA's convolutions on a CPU take many times as long as tha
 handed back through several kernels is one to all their features. Images have 3, too few to fill the registers of a CPU:
 `stack` says along which axes to put inputs and kernels together.
 
+**Three taps.** Where a user lets products be no better than in TF32, `winograd` takes half of the multiplications.
+
 **One place each.** A 1 × 1 kernel without strides or padding is a matrix product over the features. XLA's convolutions
 of few places and many features take up to half as long again.
 
@@ -34,6 +36,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from . import winograd
 
 # Input features up to which phases beat zeros although they pad the kernel to a multiple of the stride, and up to which
 # several inputs are run together.
@@ -66,7 +70,8 @@ class Convolution:
         self.how = {k: params[k] for k in ("precision", "preferred_element_type")}
         plain = params["batch_group_count"] == 1 and {*params["lhs_dilation"], *params["rhs_dilation"]} <= {1}
         groups = params["feature_group_count"]
-        single = groups == self.features == kernel[numbers.rhs_spec[0]]
+        out = kernel[numbers.rhs_spec[0]]
+        single = groups == self.features == out
         self.depthwise = plain and single and math.prod(self.taps) <= _MOST
         # Not all phases may have as many: zeros in front of the kernel or behind it. In front, if that lets the first
         # phase begin where x does, so that nothing need be cut off. (Depthwise kernels are not filled up.)
@@ -82,7 +87,14 @@ class Convolution:
         stacks = ungrouped and few and not self.depthwise
         self.stack = (numbers.lhs_spec[1], numbers.rhs_spec[1]) if stacks else None
         pointwise = {*self.taps, *self.strides} <= {1} and not any(itertools.chain(*self.padding))
-        self.applies = self.depthwise or (ungrouped and pointwise)
+        self.winograd = (
+            ungrouped
+            and dense
+            and self.taps[:1] == [winograd.TAPS]
+            and winograd.asked(params["precision"])
+            and winograd.pays(image[numbers.lhs_spec[0]] * math.prod(self.places), self.features, out)
+        )
+        self.applies = self.depthwise or (ungrouped and pointwise) or self.winograd
 
     @property
     def rank(self) -> int:
@@ -95,6 +107,9 @@ class Convolution:
         if self.depthwise:
             return self._apply_depthwise(x, weight)
         kernel = self._kernel(weight)
+        if self.winograd:
+            z = self._convolve(_last(x, numbers.lhs_spec), kernel, self.padding, denominators=True)
+            return _first(z, numbers.out_spec)
         kernel = kernel.reshape(kernel.shape[-2:])
         last = (((self.rank + 1,), (0,)), ((), ()))
         return _first(lax.dot_general(_last(x, numbers.lhs_spec), kernel, last, **self.how), numbers.out_spec)
@@ -154,9 +169,19 @@ class Convolution:
         end = [(n + low - 1) // s + 1 for n, low, s in zip(self.places, self.low, self.strides, strict=True)]
         sides = zip(start, end, self.steps, coming.shape[1:-1], strict=True)
         coming, around = _with_room(coming, [(m - 1 - a, b - n) for a, b, m, n in sides], self.steps)
-        kernel, ones = self._by_phases(weight), [1] * self.rank
-        spread = lax.conv_general_dilated(coming, kernel, ones, around, dimension_numbers=self._layout(), **self.how)
+        spread = self._convolve(coming, self._by_phases(weight), around, denominators=False)
         return spread.reshape(*spread.shape[:-1], *self.phases, weight.shape[-2]), start
+
+    def _convolve(
+        self, x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], *, denominators: bool
+    ) -> jax.Array:
+        """Without strides; samples first, features last."""
+        how = {"dimension_numbers": self._layout(), **self.how}
+        plain = lambda x, w: lax.conv_general_dilated(x, w, [1] * self.rank, padding, **how)  # noqa: E731
+        if not self.winograd or x.dtype != jnp.float32:
+            return plain(x, kernel)
+        halved = functools.partial(winograd.convolve, padding=padding, denominators=denominators, **how)
+        return lax.platform_dependent(x, kernel, cpu=halved, default=plain)
 
     def _spread_depthwise(self, coming: jax.Array, weight: jax.Array) -> jax.Array:
         padded, by_tap = _pad(coming, [(m - 1, m - 1) for m in self.steps]), self._by_tap(weight)

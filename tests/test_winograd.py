@@ -1,0 +1,198 @@
+"""Convolutions with half of the multiplications: what they compute, what they lose, and who gets them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+import jaxlrp
+from jaxlrp import winograd
+
+EPSILON = float(np.finfo(np.float32).eps)
+LAYOUTS = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NHWDC", "HWDIO", "NHWDC")}
+
+
+def numbers(rank: int) -> Any:
+    shape = (1,) * (rank + 2)
+    return lax.conv_dimension_numbers(shape, shape, LAYOUTS[rank])
+
+
+def convolved(x: Any, kernel: Any, padding: Any, denominators: bool) -> tuple[np.ndarray, np.ndarray]:
+    """With half of the multiplications in float32, and in full in float64."""
+    rank = x.ndim - 2
+    run = jax.jit(
+        lambda x, k: winograd.convolve(x, k, padding, denominators=denominators, dimension_numbers=numbers(rank))
+    )
+    got = np.asarray(run(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)))
+    with jax.enable_x64(True):
+        want = lax.conv_general_dilated(
+            jnp.asarray(x), jnp.asarray(kernel), (1,) * rank, padding, dimension_numbers=LAYOUTS[rank]
+        )
+    return got, np.asarray(want)
+
+
+def test_four_results_of_six_products():
+    a, g, b = winograd.matrices()
+    rng = np.random.default_rng(0)
+    inputs, taps = rng.normal(size=6), rng.normal(size=3)
+    np.testing.assert_allclose(a @ ((g @ taps) * (b @ inputs)), np.convolve(inputs, taps[::-1], "valid"), rtol=1e-13)
+
+
+@given(st.data())
+def test_equals_a_plain_convolution(data):
+    rank = data.draw(st.integers(1, 3))
+    places = data.draw(st.lists(st.integers(3, 9), min_size=rank, max_size=rank))
+    taps = [3, *data.draw(st.lists(st.integers(1, 3), min_size=rank - 1, max_size=rank - 1))]
+    padding = data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=rank, max_size=rank))
+    padding[0] = data.draw(st.sampled_from([*padding[:1], (-1, 1), (1, -1), (-1, 0)]))
+    if places[0] + sum(padding[0]) < 3:
+        return
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    x, kernel = rng.normal(size=(2, *places, 5)), rng.normal(size=(*taps, 5, 4))
+    got, want = convolved(x, kernel, padding, data.draw(st.booleans()))
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, atol=100 * EPSILON * np.abs(want).max())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_one_sign_lose_little(sign):
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.normal(size=(1, 22, 8, 64)), 0.0)
+    got, want = convolved(x, sign * np.maximum(rng.normal(size=(3, 3, 64, 32)), 0.0), [(1, 1), (1, 1)], True)
+    np.testing.assert_allclose(got, want, rtol=30 * EPSILON)
+
+
+def test_denominators_that_are_zero_are_zero():
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.normal(size=(2, 32, 6, 64)), 0.0)
+    x[:, np.arange(32) % 11 < 5] = 0.0  # dark rows beside bright ones
+    kernel = np.maximum(rng.normal(size=(3, 3, 64, 32)), 0.0)
+    got, want = convolved(x, kernel, [(1, 1), (1, 1)], True)
+    assert (want == 0).any()
+    np.testing.assert_array_equal(got == 0, want == 0)
+    other, _ = convolved(x, kernel, [(1, 1), (1, 1)], False)
+    assert not np.array_equal(other == 0, want == 0)  # or this test shows nothing
+
+
+def test_nan_stays():
+    x = np.ones((1, 12, 4, 8))
+    x[0, 6, 2, 3] = np.nan
+    got, want = convolved(x, np.ones((3, 3, 8, 8)), [(1, 1), (1, 1)], True)
+    assert np.isnan(got[np.isnan(want)]).all()
+
+
+# -- who gets them ----------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Convolutions of which the second to last are large enough."""
+
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (64, 64, 96):
+            x = nn.relu(nn.Conv(features, (3, 3), precision=self.precision)(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Conv(64, (3, 3), strides=2, precision=self.precision)(x))
+        return nn.Dense(4)(x.mean((1, 2)))
+
+
+COMPOSITES = {
+    "plus": jaxlrp.EpsilonPlusFlat(),
+    "gamma": jaxlrp.EpsilonGammaBox(0.0, 1.0),
+    "alpha-beta": jaxlrp.EpsilonAlpha2Beta1Flat(),
+    "epsilon": jaxlrp.Composite.uniform(jaxlrp.Epsilon()),
+}
+every_composite = pytest.mark.parametrize("name", COMPOSITES)
+
+
+def prepared(side: int = 18, dtype: Any = jnp.float32) -> tuple[Any, jax.Array]:
+    x = jax.random.uniform(jax.random.key(1), (2, side, side, 3))
+    params = jax.jit(Net().init)(jax.random.key(0), x)
+    return jax.tree.map(lambda a: a.astype(dtype), (params, x))
+
+
+def explainer(name: str, precision: Any = None) -> Any:
+    return jaxlrp.lrp(Net(precision), COMPOSITES[name], target=1)
+
+
+def convolutions(explain: Any, *args: Any, platform: str = "cpu", precision: str | None = None) -> int:
+    """How many, before XLA sees them."""
+    with jax.default_matmul_precision(precision):
+        text = jax.jit(explain).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return len(re.findall(r"stablehlo\.convolution", text))
+
+
+@every_composite
+def test_relevance_is_close(name):
+    params, x = prepared()
+    explain = explainer(name)
+    with jax.default_matmul_precision("tensorfloat32"):
+        got = np.asarray(jax.jit(explain)(params, x))
+    with jax.enable_x64(True):
+        want = np.asarray(jax.jit(explain)(*jax.tree.map(lambda a: a.astype(jnp.float64), (params, x))))
+    # where a relu's input is about zero, float32 has another sign
+    np.testing.assert_allclose(np.median(np.abs(got - want)), 0.0, atol=1e-6 * np.abs(want).max())
+    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("name", "runs"), [("plus", 2), ("gamma", 2), ("alpha-beta", 3), ("epsilon", 1)])
+def test_six_convolutions_stand_for_one_where_that_is_allowed(name, runs):
+    """Two layers have at least 64 features on both sides; a rule runs each forwards once for every sign, or not."""
+    args = prepared()
+    plain = convolutions(explainer(name), *args)
+    for precision in ("tensorfloat32", "high", "bfloat16", "default"):
+        assert convolutions(explainer(name), *args, precision=precision) == plain + 5 * 2 * runs
+    assert convolutions(explainer(name, jax.lax.Precision.HIGH), *args) == plain + 5 * 2 * runs
+    for precision in ("highest", "float32"):
+        assert convolutions(explainer(name), *args, precision=precision) == plain
+
+
+@every_composite
+def test_other_devices_convolve_in_their_own_way(name):
+    args = prepared()
+    plain = convolutions(explainer(name), *args)
+    assert convolutions(explainer(name), *args, platform="cuda", precision="tensorfloat32") == plain
+    assert convolutions(explainer(name), *args, platform="tpu", precision="tensorfloat32") == plain
+
+
+def test_small_layers_and_double_precision_stay_as_they_are():
+    small = prepared(side=8)
+    assert convolutions(explainer("plus"), *small, precision="high") == convolutions(explainer("plus"), *small)
+    with jax.enable_x64(True):
+        double = prepared(dtype=jnp.float64)
+        assert convolutions(explainer("plus"), *double, precision="high") == convolutions(explainer("plus"), *double)
+
+
+def test_the_models_own_output_stays_as_it_is():
+    params, x = prepared()
+    both = jaxlrp.value_and_lrp(Net(), COMPOSITES["plus"], target=1)
+    plain, _ = jax.jit(both)(params, x)
+    with jax.default_matmul_precision("tensorfloat32"):
+        coarse, _ = jax.jit(both)(params, x)
+    np.testing.assert_array_equal(coarse, plain)
+
+
+def test_composes_with_vmap_grad_and_scan():
+    params, x = prepared()
+    explain = explainer("gamma")
+    with jax.default_matmul_precision("tensorfloat32"):
+        want = jax.jit(explain)(params, x)
+        each = jax.jit(jax.vmap(lambda x: explain(params, x[None])[0]))(x)
+        streamed = jax.jit(jaxlrp.stream(explain, batch_size=1, argnums=1))(params, x)
+        slope = jax.jit(jax.grad(lambda x: (explain(params, x) ** 2).sum()))(x)
+    plain = jax.jit(jax.grad(lambda x: (explain(params, x) ** 2).sum()))(x)
+    size = float(jnp.abs(want).max())
+    np.testing.assert_allclose(each, want, atol=1e-5 * size)
+    np.testing.assert_allclose(streamed, want, atol=1e-5 * size)
+    np.testing.assert_allclose(slope, plain, atol=1e-3 * float(jnp.abs(plain).max()))
