@@ -1,4 +1,4 @@
-"""Where the time of relevance goes: how much is convolutions and matrix products, which no rearranging makes fewer.
+"""Where the time of relevance goes: how much of it is convolutions and matrix products, computed in full.
 
     python benchmarks/floor.py [--network NAME ...] [--composite NAME ...] [--rounds N] [--top N]
 

@@ -3,14 +3,16 @@
     python benchmarks/peers.py [--peer-python PATH] [--network NAME ...] [--peer NAME ...] [--composite NAME ...]
         [--rounds N]
 
-Every row runs four programs in turn, so that all see the same machine: jax's own input gradient, jaxlrp, torch's own
-input gradient, the peer. Only one computes at a time and has all cores. On both sides temporary memory is kept between
-calls (malloc.py), which made both faster. Printed are medians of time, in float32, and the largest and the median
-difference of relevance as a share of the largest relevance. Where the largest is 1e-4 or more, the comparison is made
-again in float64, and both are printed, together with how far float32 is from float64 in each library alone: two results
-that are each so far from the exact one cannot be nearer to one another than by chance. Relevance jumps where rounding
-takes a relu across 0 or makes a max pool pick another of two nearly equal values: then some inputs differ, and the
-median hardly does. Where float64 differs too nothing is timed, and the exit status is 1.
+Relevance is compared first: the largest and the median difference as a share of the largest relevance, in float32, then
+the largest in float64, and how far float32 is from float64 in each library alone. Two results that are each so far from
+the exact one cannot be nearer to one another than by chance: relevance jumps where rounding takes a relu across 0 or
+makes a max pool pick another of two nearly equal values; then some inputs differ, and the median hardly does. Where
+float64 differs by 1e-4 or more nothing is timed, and the exit status is 1.
+
+Then all programs run in turn, so that they see the same machine: jax's own input gradient, jaxlrp, torch's own input
+gradient, the peer. Only one computes at a time and has all cores. On both sides temporary memory is kept between calls
+(malloc.py), which made both faster. Printed are medians of time, in float32. In rows called coarse, the products of
+jaxlrp's rules may be as coarse as in TF32; the peer is the same.
 
 The peers are torch libraries. They run in a Python of their own if need be (peers_torch.py, started with
 --peer-python), where
@@ -50,7 +52,7 @@ import jaxlrp
 from benchmarks import networks, peers_weights
 from benchmarks.malloc import keep_memory
 from benchmarks.peers_process import Peer, PeerError
-from benchmarks.speed import compiled
+from benchmarks.speed import COARSE, SIGNED, compiled
 from jaxlrp.models.llama import Llama, LlamaConfig
 from jaxlrp.tables import table
 
@@ -163,6 +165,19 @@ def medians(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def compare(single: Any, theirs: np.ndarray, double: tuple[np.ndarray, np.ndarray]) -> list[str]:
+    """How far two relevances are apart in float32 and in float64, and each from its own in float64."""
+    found = difference(single, theirs), middle(single, theirs), difference(*double)
+    return [f"{value:.0e}" for value in (*found, difference(single, double[0]), difference(theirs, double[1]))]
+
+
+def timing(t: dict[str, float], called: str) -> list[str]:
+    """Times and ratios, given medians."""
+    ms = {name: f"{1e3 * seconds:.0f} ms" for name, seconds in t.items()}
+    ours = [ms["own"], ms[called], f"{t[called] / t['own']:.2f}x"]
+    return [*ours, ms["torch"], ms["peer"], f"{t['peer'] / t['torch']:.2f}x", f"{t['peer'] / t[called]:.2f}x"]
+
+
 class Row(NamedTuple):
     """What was found: the cells of the table, and everything said below it."""
 
@@ -195,33 +210,24 @@ def measure(
                 if not (library in (peers or [library]) and method in (methods or [method])):
                     continue
                 explain = jaxlrp.lrp(case.run, composite, argnums=1, target=TARGET)
-                ours = compiled(explain, case.params, case.x)
+                ours = {method: compiled(explain, case.params, case.x)}
+                if method in (*SIGNED, "Gamma"):  # on convolutions
+                    ours[f"{method}, coarse"] = compiled(explain, case.params, case.x, precision=COARSE)
                 try:
+                    with start(library, method, double=True) as peer:
+                        double = in_double(explain, case.params, case.x), peer.array()
                     with start(library, method, timed=bool(rounds)) as peer:
-                        single = np.asarray(ours.call()), peer.array()
-                        off = difference(*single)
-                        cells = [name, library, method, f"{off:.0e}", f"{middle(*single):.0e}", "-", "-", "-"]
-                        if not off < TOLERANCE:
-                            with start(library, method, double=True) as precise:
-                                double = in_double(explain, case.params, case.x), precise.array()
-                            off = difference(*double)
-                            rounding = [difference(*pair) for pair in zip(single, double, strict=True)]
-                            cells[5:] = [f"{value:.0e}" for value in (off, *rounding)]
-                        if not off < TOLERANCE or not rounds:
-                            yield Row([*cells, *["-"] * 8], off < TOLERANCE, peer.versions)
-                            continue
-                        programs = {
-                            "gradient": functools.partial(timed, own.call),
-                            "jaxlrp": functools.partial(timed, ours.call),
-                            "torch": torch_own.seconds,
-                            "peer": peer.seconds,
-                        }
-                        t = medians(programs, rounds)
-                        times = [f"{1e3 * t['gradient']:.0f} ms", f"{1e3 * t['jaxlrp']:.0f} ms"]
-                        times += [f"{t['jaxlrp'] / t['gradient']:.2f}x", f"{1e3 * t['torch']:.0f} ms"]
-                        times += [f"{1e3 * t['peer']:.0f} ms", f"{t['peer'] / t['torch']:.2f}x"]
-                        times += [f"{t['peer'] / t['jaxlrp']:.2f}x", peer.layout]
-                        yield Row([*cells, *times], True, peer.versions)
+                        theirs = peer.array()
+                        cells = {called: compare(program.call(), theirs, double) for called, program in ours.items()}
+                        agrees = difference(*double) < TOLERANCE
+                        times = {called: ["-"] * 8 for called in ours}
+                        if agrees and rounds:
+                            programs = {n: functools.partial(timed, p.call) for n, p in (ours | {"own": own}).items()}
+                            programs |= {"torch": torch_own.seconds, "peer": peer.seconds}
+                            t = medians(programs, rounds)
+                            times = {called: [*timing(t, called), peer.layout] for called in ours}
+                        for called in ours:
+                            yield Row([name, library, called, *cells[called], *times[called]], agrees, peer.versions)
                 except PeerError as error:
                     yield f"{name}: {library} {method} is left out: {error}"
 

@@ -4,7 +4,9 @@
 
 For every network: the jitted gradient of a logit with respect to the input, and every composite, run in turn so that
 all see the same machine, in float32. Prints medians, ratios to the gradient, compile time, the compiled program's
-temporary memory and how many convolutions and matrix products it holds.
+temporary memory and how many convolutions and matrix products it holds. In rows called coarse, products of rules may be
+as coarse as in TF32 (`COARSE`): six small convolutions then often stand for one. How much that changes of relevance is
+said below the table.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from benchmarks import networks
 from jaxlrp.models import bert, get_model
 from jaxlrp.tables import table
 
+COARSE = "tensorfloat32"  # a precision of jax.default_matmul_precision
 HEAD = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
 
 
@@ -42,6 +45,7 @@ class Case(NamedTuple):
     params: Any
     x: jax.Array
     composites: dict[str, Any]
+    coarse: Sequence[str] = ()  # composites that are run with coarse products as well
 
 
 class Measured(NamedTuple):
@@ -57,7 +61,10 @@ def vision(module: Any, batch: int, composites: dict[str, Any], size: int = 224)
     """A network of square images with random weights."""
     x = jax.random.uniform(jax.random.key(1), (batch, size, size, 3))
     params = jax.jit(module.init)(jax.random.key(0), x[:1])
-    return Case(module.apply, params, x, composites)
+    return Case(module.apply, params, x, composites, [name for name in composites if name in SIGNED])
+
+
+SIGNED = ("EpsilonPlusFlat", "EpsilonGammaBox", "EpsilonAlpha2Beta1")
 
 
 def convolutional() -> dict[str, Any]:
@@ -98,10 +105,11 @@ NETWORKS: dict[str, Callable[[], Case]] = {
 }
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> Measured:
+def compiled(function: Callable[..., Any], *args: Any, precision: str | None = None) -> Measured:
     """Compile a function for its arguments and ask the program about itself."""
     start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
+    with jax.default_matmul_precision(precision):
+        program = jax.jit(function).lower(*args).compile()
     seconds = time.perf_counter() - start
     operations = collections.Counter(re.findall(r"= \S+ ([\w-]+)\(", program.as_text()))
     memory = program.memory_analysis().temp_size_in_bytes / 2**20
@@ -121,16 +129,20 @@ def interleaved(programs: Mapping[str, Measured], rounds: int) -> dict[str, floa
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def measure(case: Case, rounds: int) -> list[list[str]]:
-    """Rows of the table for one network: the gradient first."""
+def measure(case: Case, rounds: int) -> tuple[list[list[str]], list[float]]:
+    """Rows of the table for one network, the gradient first; differences of coarse relevance by the largest value."""
 
     def gradient(params: Any, x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: case.run(params, x)[:, 1].sum())(x)
 
-    programs = {"gradient": compiled(gradient, case.params, case.x)}
+    programs, differences = {"gradient": compiled(gradient, case.params, case.x)}, []
     for name, composite in case.composites.items():
         explain = jaxlrp.lrp(case.run, composite, argnums=1, target=1)
         programs[name] = compiled(explain, case.params, case.x)
+        if name in case.coarse:
+            programs[f"{name}, coarse"] = compiled(explain, case.params, case.x, precision=COARSE)
+            fine, coarse = (np.asarray(program.call()) for program in list(programs.values())[-2:])
+            differences.append(float(np.abs(coarse - fine).max() / np.abs(fine).max()))
     seconds = interleaved(programs, rounds)
     base, own = seconds["gradient"], programs["gradient"]
     rows = []
@@ -148,7 +160,7 @@ def measure(case: Case, rounds: int) -> list[list[str]]:
                 str(program.products),
             ]
         )
-    return rows
+    return rows, differences
 
 
 def main() -> None:
@@ -160,11 +172,15 @@ def main() -> None:
     chosen = {
         n: make for n, make in NETWORKS.items() if not arguments.network or n.startswith(tuple(arguments.network))
     }
-    rows = []
+    rows, differences = [], []
     for name, make in chosen.items():
-        rows += [[name, *row] for row in measure(make(), arguments.rounds)]
+        found, off = measure(make(), arguments.rounds)
+        rows += [[name, *row] for row in found]
+        differences += off
     print(table(HEAD, rows, right=range(2, len(HEAD))))
     print(f"\n{platform.processor() or platform.machine()}, {jax.device_count()} device, jax {jax.__version__}")
+    if differences:
+        print(f"coarse relevance differs by at most {max(differences):.0e} of the largest")
 
 
 if __name__ == "__main__":
