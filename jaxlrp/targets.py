@@ -145,9 +145,11 @@ def seed(target: Any, output: Any) -> Any:
     if isinstance(target, (list, tuple)) and target and all(map(_is_index, target)):
         target = (np if all(map(_compat.is_concrete, target)) else jnp).asarray(target)
     if isinstance(target, (bool, str)) or (callable(target) is False and not _is_index(target)):
+        array = getattr(target, "dtype", None)
+        weights = " (for weights of the outputs: target=lambda output: weights * output)" if array else ""
         raise InputError(
             "target must be None, class indices (integers) or a function of the output, "
-            f"not {getattr(target, 'dtype', None) or repr(target)}"
+            f"not {array or repr(target)}{weights}"
         )
     if target is predicted:
         raise InputError("targets.predicted makes a target and takes no classes: give targets.predicted()")

@@ -157,7 +157,7 @@ def lrp_vjp(
         Array([[1., 0.],
                [0., 1.]], dtype=float32)
     """
-    if args and isinstance(args[0], (Composite, Rule)):
+    if any(isinstance(argument, (Composite, Rule)) for argument in args):
         raise TypeError("lrp_vjp takes the composite by name: lrp_vjp(model, params, x, composite=...)")
     forward = Setup(model, composite, argnums, has_aux, check, remat).forward(args, kwargs)
 

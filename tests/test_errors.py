@@ -343,12 +343,19 @@ def test_relevance_to_pull_back_of_the_wrong_shape() -> None:
 def test_lrp_vjp_is_told_its_composite_by_name() -> None:
     with refused(TypeError, "composite=..."):
         jaxlrp.lrp_vjp(dense, jaxlrp.EpsilonPlus(), X, W)
+    with refused(TypeError, "composite=..."):
+        jaxlrp.lrp_vjp(dense, X, W, jaxlrp.EpsilonPlus())
 
 
 @pytest.mark.parametrize("target", [1.0, "cat", True, np.array([0.0, 1.0])])
 def test_a_target_of_the_wrong_type(target: Any) -> None:
     with refused(jaxlrp.InputError, "target must be None, class indices"):
         jaxlrp.lrp(dense)(X, W, target=target)
+
+
+def test_weights_of_outputs_are_a_function() -> None:
+    with refused(jaxlrp.InputError, "not float32", "weights of the outputs: target=lambda output"):
+        jaxlrp.lrp(dense)(X, W, target=jnp.eye(2))
 
 
 def test_a_boolean_array_is_no_target() -> None:
