@@ -35,6 +35,7 @@ from jaxlrp.models import bert, get_model
 from jaxlrp.tables import table
 
 COARSE = "tensorfloat32"  # a precision of jax.default_matmul_precision
+SIGNED = ("EpsilonPlusFlat", "EpsilonGammaBox", "EpsilonAlpha2Beta1")
 HEAD = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
 
 
@@ -62,9 +63,6 @@ def vision(module: Any, batch: int, composites: dict[str, Any], size: int = 224)
     x = jax.random.uniform(jax.random.key(1), (batch, size, size, 3))
     params = jax.jit(module.init)(jax.random.key(0), x[:1])
     return Case(module.apply, params, x, composites, [name for name in composites if name in SIGNED])
-
-
-SIGNED = ("EpsilonPlusFlat", "EpsilonGammaBox", "EpsilonAlpha2Beta1")
 
 
 def convolutional() -> dict[str, Any]:
@@ -129,20 +127,20 @@ def interleaved(programs: Mapping[str, Measured], rounds: int) -> dict[str, floa
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def measure(case: Case, rounds: int) -> tuple[list[list[str]], list[float]]:
+def measure(case: Case, rounds: int) -> tuple[list[list[str]], dict[str, float]]:
     """Rows of the table for one network, the gradient first; differences of coarse relevance by the largest value."""
 
     def gradient(params: Any, x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: case.run(params, x)[:, 1].sum())(x)
 
-    programs, differences = {"gradient": compiled(gradient, case.params, case.x)}, []
+    programs, differences = {"gradient": compiled(gradient, case.params, case.x)}, {}
     for name, composite in case.composites.items():
         explain = jaxlrp.lrp(case.run, composite, argnums=1, target=1)
         programs[name] = compiled(explain, case.params, case.x)
         if name in case.coarse:
-            programs[f"{name}, coarse"] = compiled(explain, case.params, case.x, precision=COARSE)
-            fine, coarse = (np.asarray(program.call()) for program in list(programs.values())[-2:])
-            differences.append(float(np.abs(coarse - fine).max() / np.abs(fine).max()))
+            coarse = programs[f"{name}, coarse"] = compiled(explain, case.params, case.x, precision=COARSE)
+            full = np.asarray(programs[name].call())
+            differences[name] = float(np.abs(np.asarray(coarse.call()) - full).max() / np.abs(full).max())
     seconds = interleaved(programs, rounds)
     base, own = seconds["gradient"], programs["gradient"]
     rows = []
@@ -172,15 +170,15 @@ def main() -> None:
     chosen = {
         n: make for n, make in NETWORKS.items() if not arguments.network or n.startswith(tuple(arguments.network))
     }
-    rows, differences = [], []
+    rows, notes = [], []
     for name, make in chosen.items():
         found, off = measure(make(), arguments.rounds)
         rows += [[name, *row] for row in found]
-        differences += off
+        notes += [f"{name}, {composite}: {value:.0e}" for composite, value in off.items()]
     print(table(HEAD, rows, right=range(2, len(HEAD))))
     print(f"\n{platform.processor() or platform.machine()}, {jax.device_count()} device, jax {jax.__version__}")
-    if differences:
-        print(f"coarse relevance differs by at most {max(differences):.0e} of the largest")
+    if notes:
+        print("coarse relevance is off by, at most and as a share of the largest:", *notes, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -24,14 +24,18 @@ Arrays = tuple[jax.Array, ...]
 _FEW_ROWS = 64  # from some hundred on, XLA's own order is the faster one
 
 
+Apply = Callable[[Arrays, Arrays], jax.Array]  # (x, w) -> f(x, w)
+Transpose = Callable[[Arrays, jax.Array], Arrays]  # (w, s) -> fᵀ
+
+
 class Bilinear(NamedTuple):
     """An operation ``f(x, w) + constant``."""
 
     weights: Arrays
-    apply: Callable[[Arrays, Arrays], jax.Array]
+    apply: Apply
     constant: jax.Array | None = None
-    # (w, s) -> fᵀ, where jax's own is not the best
-    transpose: Callable[[Arrays, jax.Array], Arrays] | None = None
+    transpose: Transpose | None = None  # where jax's own is not the best
+    coarse: tuple[Apply, Transpose] | None = None  # both, faster and coarser, where that is allowed
     stack: tuple[int, int] | None = None  # see `LinearMap`
     product: bool = False
 
@@ -59,16 +63,21 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
     if side == 1:
         return Bilinear((weight,), apply, product=True)
     convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
+    coarse = (
+        lambda x, w: convolution.apply_halved(*_promoted(x[0], w[0])),
+        lambda w, s: (convolution.transpose(*_promoted(w[0], s), halved=True),),
+    )
     return Bilinear(
         (weight,),
         (lambda x, w: convolution.apply(*_promoted(x[0], w[0]))) if convolution.applies else apply,
         transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.transposes else None,
+        coarse=coarse if convolution.halves else None,
         stack=convolution.stack,
         product=not convolution.depthwise,
     )
 
 
-def _of_few_rows(eqn: Equation, params: Mapping[str, Any], side: int) -> Callable[[Arrays, jax.Array], Arrays] | None:
+def _of_few_rows(eqn: Equation, params: Mapping[str, Any], side: int) -> Transpose | None:
     """The transpose of a matrix product, where its input ``x`` (operand number ``side``) has few rows."""
     contracting, batch = params["dimension_numbers"]
     x, w = eqn.inputs[side].shape, eqn.inputs[1 - side].shape
@@ -142,7 +151,7 @@ def _scatter_add(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
     return Bilinear((jnp.ones((), dtype),), apply, run(fixed) if fixed else None)
 
 
-def elementwise(shape: tuple[int, ...]) -> Callable[[Arrays, Arrays], jax.Array]:
+def elementwise(shape: tuple[int, ...]) -> Apply:
     """``x w``, each broadcast to a shape."""
     return lambda x, w: jnp.broadcast_to(x[0] * w[0], shape)
 

@@ -87,14 +87,15 @@ class Convolution:
         stacks = ungrouped and few and not self.depthwise
         self.stack = (numbers.lhs_spec[1], numbers.rhs_spec[1]) if stacks else None
         pointwise = {*self.taps, *self.strides} <= {1} and not any(itertools.chain(*self.padding))
-        self.winograd = (
+        self.applies = self.depthwise or (ungrouped and pointwise)
+        sizes = [n + low + high - k + 1 for n, (low, high), k in zip(self.places, self.padding, self.taps, strict=True)]
+        self.halves = (
             ungrouped
             and dense
             and self.taps[:1] == [winograd.TAPS]
             and winograd.asked(params["precision"])
-            and winograd.pays(image[numbers.lhs_spec[0]] * math.prod(self.places), self.features, out)
+            and winograd.pays(image[numbers.lhs_spec[0]], sizes, self.features, out)
         )
-        self.applies = self.depthwise or (ungrouped and pointwise) or self.winograd
 
     @property
     def rank(self) -> int:
@@ -107,12 +108,14 @@ class Convolution:
         if self.depthwise:
             return self._apply_depthwise(x, weight)
         kernel = self._kernel(weight)
-        if self.winograd:
-            z = self._convolve(_last(x, numbers.lhs_spec), kernel, self.padding, denominators=True)
-            return _first(z, numbers.out_spec)
         kernel = kernel.reshape(kernel.shape[-2:])
         last = (((self.rank + 1,), (0,)), ((), ()))
         return _first(lax.dot_general(_last(x, numbers.lhs_spec), kernel, last, **self.how), numbers.out_spec)
+
+    def apply_halved(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """The convolution with half of the multiplications, where ``halves``."""
+        z = self._convolve(_last(x, self.numbers.lhs_spec), self._kernel(weight), self.padding, halved=True)
+        return _first(z, self.numbers.out_spec)
 
     def _apply_depthwise(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """``z[o] = Σ_t w[t] x[s o + t]``."""
@@ -122,8 +125,11 @@ class Convolution:
         sizes = [end // s + 1 for end, s in zip(ends, self.strides, strict=True)]
         return _first(_shifted(padded, self._by_tap(weight).items(), sizes, self.strides), numbers.out_spec)
 
-    def transpose(self, weight: jax.Array, coming: jax.Array) -> jax.Array:
-        """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``transposes``."""
+    def transpose(self, weight: jax.Array, coming: jax.Array, halved: bool = False) -> jax.Array:
+        """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``transposes``.
+
+        Where ``halves``, with half of the multiplications if ``halved``.
+        """
         coming = _last(coming, self.numbers.out_spec)
         start = [0] * self.rank  # the first q
         if self.depthwise:
@@ -134,7 +140,7 @@ class Convolution:
             last = (((coming.ndim - 1,), (1,)), ((), ()))
             spread = lax.dot_general(coming, flat, last, **self.how).reshape(*coming.shape[:-1], *kernel.shape[:-1])
         else:
-            spread, start = self._spread_by_phases(coming, self._kernel(weight))
+            spread, start = self._spread_by_phases(coming, self._kernel(weight), halved)
         whole = self._interleaved(spread)
         cut = [low - s * q for low, s, q in zip(self.low, self.strides, start, strict=True)]
         crop = [(-low, n + low - size) for low, n, size in zip(cut, self.places, whole.shape[1:-1], strict=True)]
@@ -163,25 +169,25 @@ class Convolution:
         kernel = jnp.flip(kernel, steps).transpose(*steps, 2 * rank + 1, *phases, 2 * rank)
         return kernel.reshape(*self.steps, out, math.prod(self.phases) * features)
 
-    def _spread_by_phases(self, coming: jax.Array, weight: jax.Array) -> tuple[jax.Array, list[int]]:
+    def _spread_by_phases(self, coming: jax.Array, weight: jax.Array, halved: bool) -> tuple[jax.Array, list[int]]:
         """For those ``q`` alone that nothing cuts off, and the first of them."""
         start = [low // s for low, s in zip(self.low, self.strides, strict=True)]
         end = [(n + low - 1) // s + 1 for n, low, s in zip(self.places, self.low, self.strides, strict=True)]
         sides = zip(start, end, self.steps, coming.shape[1:-1], strict=True)
         coming, around = _with_room(coming, [(m - 1 - a, b - n) for a, b, m, n in sides], self.steps)
-        spread = self._convolve(coming, self._by_phases(weight), around, denominators=False)
+        spread = self._convolve(coming, self._by_phases(weight), around, halved)
+        if halved:  # or it is put together once for each reader
+            spread = lax.optimization_barrier(spread)
         return spread.reshape(*spread.shape[:-1], *self.phases, weight.shape[-2]), start
 
-    def _convolve(
-        self, x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], *, denominators: bool
-    ) -> jax.Array:
+    def _convolve(self, x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], halved: bool) -> jax.Array:
         """Without strides; samples first, features last."""
         how = {"dimension_numbers": self._layout(), **self.how}
-        plain = lambda x, w: lax.conv_general_dilated(x, w, [1] * self.rank, padding, **how)  # noqa: E731
-        if not self.winograd or x.dtype != jnp.float32:
-            return plain(x, kernel)
-        halved = functools.partial(winograd.convolve, padding=padding, denominators=denominators, **how)
-        return lax.platform_dependent(x, kernel, cpu=halved, default=plain)
+        full = lambda x, w: lax.conv_general_dilated(x, w, [1] * self.rank, padding, **how)  # noqa: E731
+        if not halved or x.dtype != jnp.float32:
+            return full(x, kernel)
+        half = lambda x, w: winograd.convolve(x, w, padding, **how)  # noqa: E731
+        return lax.platform_dependent(x, kernel, cpu=half, default=full)
 
     def _spread_depthwise(self, coming: jax.Array, weight: jax.Array) -> jax.Array:
         padded, by_tap = _pad(coming, [(m - 1, m - 1) for m in self.steps]), self._by_tap(weight)

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import _compat
 from . import _primitives as P
-from .bilinear import Arrays, Bilinear, bilinear, elementwise
+from .bilinear import Apply, Arrays, Bilinear, Transpose, bilinear, elementwise
 from .graph import Equation, Program, Value, read, wide_dtype, widen
 
 
@@ -47,21 +47,35 @@ class LinearMap:
             ``max(z, 0)``); or None.
         stack: the axes along which several ``x`` and ``w`` may be put together, where that is faster; or None.
         product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
+        coarse: ``apply`` and ``transpose``, faster and coarser, where users allow that; or None.
     """
 
     inputs: Arrays
     weights: Arrays
     bias: jax.Array | None
     output: jax.Array
-    apply: Callable[[Arrays, Arrays], jax.Array]
-    transpose: Callable[[Arrays, jax.Array], Arrays]
+    apply: Apply
+    transpose: Transpose
     features: tuple[int, ...]
     nonnegative: bool = False
     positive: bool = False
     stand_in: jax.Array | None = None
     stack: tuple[int, int] | None = None
     product: bool = False
+    coarse: tuple[Apply, Transpose] | None = None
     exact: bool = True
+
+    def coarsely(self) -> LinearMap:
+        """With coarse products, if users allow them.
+
+        Their errors are relative to the largest of neighbouring results. As denominators and for what is handed back
+        they will do where the denominator is known to be at least as large as ``z``: relevance of which ``c`` came down
+        per unit of ``z`` is then handed back as at most ``c`` per unit of contributions, whatever is next to it.
+        """
+        if self.coarse is None:
+            return self
+        apply, transpose = self.coarse
+        return dataclasses.replace(self, apply=apply, transpose=transpose, coarse=None)
 
     def apply_all(self, parts: Sequence[tuple[Arrays, Arrays]]) -> jax.Array:
         """``Σ f(x, w)`` over pairs of inputs and weights."""
@@ -130,11 +144,15 @@ class LinearSpec:
             weights = tuple(_scaled(self.core, w, scale) for w in core.weights)
             apply = self._with_tail(core.apply, output.dtype)
 
-        def transpose(w: Arrays, s: jax.Array) -> Arrays:
-            if core.transpose is not None:
-                return core.transpose(w, self._before_tail(s))
+        def jaxs_own(w: Arrays, s: jax.Array) -> Arrays:
             return jax.vjp(lambda x: apply(x, w), inputs)[1](s)[0]
 
+        def tailed(transpose: Transpose) -> Transpose:
+            return lambda w, s: transpose(w, self._before_tail(s))
+
+        coarse = None
+        if core.coarse is not None:
+            coarse = self._with_tail(core.coarse[0], output.dtype), tailed(core.coarse[1])
         bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
         features = _features(self.core, self.tail, output.ndim)
         return LinearMap(
@@ -143,13 +161,14 @@ class LinearSpec:
             bias=bias,
             output=output,
             apply=apply,
-            transpose=transpose,
+            transpose=jaxs_own if core.transpose is None else tailed(core.transpose),
             features=features,
             nonnegative=nonnegative,
             positive=positive,
             stand_in=stand_in,
             stack=core.stack,
             product=core.product,
+            coarse=coarse,
         )
 
     def one_channel(self) -> OneChannel | None:
@@ -202,7 +221,7 @@ class LinearSpec:
                 scale, shift = scale * aligned, shift * factor
         return jnp.asarray(scale), shift
 
-    def _with_tail(self, apply: Callable[[Arrays, Arrays], jax.Array], dtype: Any) -> Callable[..., jax.Array]:
+    def _with_tail(self, apply: Apply, dtype: Any) -> Apply:
         moves = [e for e in self.tail if e.primitive in P.RESHAPE]
 
         def moved(x: Arrays, w: Arrays) -> jax.Array:

@@ -14,8 +14,8 @@ axis of places: a convolution becomes six, each of a quarter of the places and a
 would be more values in between and larger errors.
 
 **What is lost.** Each result is a difference of sums over all six inputs, so its error is relative to the largest of
-them. A result that in truth is far smaller than its neighbours drowns in it, and rules divide by such results. So where
-a result is a denominator, one that cannot be told from zero is zero, which rules take for "no contributions".
+them. A result that in truth is far smaller than its neighbours drowns in it. Rules therefore use it only where nothing
+depends on such results, see `LinearMap.coarsely`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ from jax import lax
 POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-1, 2))
 TAPS = 3
 RESULTS = len(POINTS) + 2 - TAPS  # at once
-_NOISE = (
-    16 * 2.0**-23
-)  # of the terms of a result; 4 was the most that was seen where sums of one sign are zero in truth
-_FEATURES, _PLACES = 64, 512  # from which it takes less time
+# Fewer features or places, on a CPU, take less time in full.
+_FEATURES, _PLACES = 64, 512
 
 
 def asked(precision: Any) -> bool:
@@ -46,9 +44,10 @@ def asked(precision: Any) -> bool:
     return isinstance(precision, tuple) and {*precision} <= {lax.Precision.DEFAULT, lax.Precision.HIGH}
 
 
-def pays(places: int, features: int, out: int) -> bool:
-    """Whether it takes less time, on a CPU."""
-    return places >= _PLACES and min(features, out) >= _FEATURES
+def pays(samples: int, places: Sequence[int], features: int, out: int) -> bool:
+    """Whether it takes less time, on a CPU, for so many places of the output."""
+    whole = RESULTS * -(-places[0] // RESULTS) <= 1.2 * places[0]  # of four results some may be of no use
+    return whole and samples * math.prod(places) >= _PLACES and min(features, out) >= _FEATURES
 
 
 @functools.cache
@@ -66,16 +65,13 @@ def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return a, g, b
 
 
-def convolve(
-    x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], *, denominators: bool, **how: Any
-) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], **how: Any) -> jax.Array:
     """A convolution without strides whose first axis of places has three taps.
 
     Args:
         x: ``[samples, places, features]``.
         kernel: ``[taps, features, output features]``.
         padding: zeros around the places.
-        denominators: whether rules divide by the results.
         how: for ``lax.conv_general_dilated``, whose layouts are the same.
     """
     a, g, b = matrices()
@@ -92,14 +88,8 @@ def convolve(
     for of_taps, of_rows in zip(g, b, strict=True):
         image, filters = _combined(of_rows, rows), _combined(of_taps, taps)[None]
         products.append(lax.conv_general_dilated(image, filters, ones, [(0, 0), *others], **how))
-    results = [_combined(row, products) for row in a]
-    if denominators:
-        sizes = [jnp.abs(product) for product in products]
-        noise = [_NOISE * _combined(np.abs(row), sizes) for row in a]
-        results = [jnp.where(jnp.abs(y) <= n, 0.0, y) for y, n in zip(results, noise, strict=True)]  # NaN stays
-    y = jnp.stack(results, axis=2)
-    y = y.reshape(y.shape[0], tiles * RESULTS, *y.shape[3:])
-    return (y if denominators else lax.optimization_barrier(y))[:, :size]  # several read what is handed back
+    y = jnp.stack([_combined(row, products) for row in a], axis=2)
+    return y.reshape(y.shape[0], tiles * RESULTS, *y.shape[3:])[:, :size]
 
 
 def _combined(factors: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:

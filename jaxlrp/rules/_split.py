@@ -144,7 +144,9 @@ class SplitRule(Rule, kw_only=True):
         if self.bias == "redistribute":
             terms = self._redistributed(linear, relevance)
         else:
-            terms = [term for flow in self._flows(call, linear, relevance) for term in self._hand(linear, flow)]
+            terms = []
+            for flow in self._flows(call, linear, relevance):
+                terms += self._hand(linear.coarsely() if flow.at_least_z else linear, flow)
         product = terms[0][1][0] if own.product else None  # the first transpose
         if all(x is own.inputs for x, _ in terms):
             slopes = _added([g for _, g in terms])
@@ -200,7 +202,9 @@ class SplitRule(Rule, kw_only=True):
     def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
         for share, p, n in self._shares(relevance, linear):
             z = self._where_it_comes(call, linear, share).output
-            sums = _sums(linear, p, n)
+            exactly = linear.exact and self.bias == "absorb"
+            at_least_z = exactly and linear.positive and _is_one(p) and isinstance(n, (int, float)) and 0 <= n <= 1
+            sums = _sums(linear.coarsely() if at_least_z else linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
                 bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
@@ -208,10 +212,12 @@ class SplitRule(Rule, kw_only=True):
                 sums = z if linear.exact and _is_one(p) and _is_one(n) else sums + bias
             elif linear.bias is None and linear.exact and _is_one(p) and _is_one(n):
                 sums = z
+            if at_least_z and sums is not z and linear.coarse is not None:
+                sums = jnp.maximum(sums, z)
             stabilised = self._stab(sums, linear)
             whole = share is relevance and sums is z
             coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
-            yield _Flow(share, p, n, coefficient, sums, bias)
+            yield _Flow(share, p, n, coefficient, sums, bias, at_least_z or sums is z)
 
     def _where_it_comes(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> LinearMap:
         """With ``z`` as it is where relevance comes, unless a denominator depends on ``z`` at other places too.
@@ -223,12 +229,22 @@ class SplitRule(Rule, kw_only=True):
         arrived = bool(call.arrived) and relevance is call.arrived[0]
         return dataclasses.replace(linear, output=linear.stand_in) if arrived else linear
 
-    def _over(self, linear: LinearMap, relevance: jax.Array, *denominators: jax.Array) -> Iterator[_Flow]:
-        """Every share over its own sum, bias included; a rule may have fewer shares than sums."""
+    def _over(
+        self, linear: LinearMap, relevance: jax.Array, *denominators: jax.Array, at_least_z: bool
+    ) -> Iterator[_Flow]:
+        """Every share over its own sum, bias included; a rule may have fewer shares than sums.
+
+        Args:
+            linear: the layer.
+            relevance: at its output.
+            denominators: the sums.
+            at_least_z: whether the first of them is at least ``z`` wherever relevance comes.
+        """
         bias = _bias(linear)
         for (share, p, n), sums in zip(self._shares(relevance, linear), denominators, strict=False):
             coefficient = ratio(share, self._stab(sums, linear))
-            yield _Flow(share, p, n, coefficient, sums, jnp.broadcast_to(_mix(p, bias, n), sums.shape))
+            yield _Flow(share, p, n, coefficient, sums, jnp.broadcast_to(_mix(p, bias, n), sums.shape), at_least_z)
+            at_least_z = False
 
     def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
         return _pull(linear, flow.p, flow.n, flow.coefficient)
@@ -268,6 +284,7 @@ class _Flow(NamedTuple):
     coefficient: jax.Array  # ρ / stab(p P + n N)
     denominator: jax.Array  # p P + n N
     bias: jax.Array  # the bias's part of the denominator
+    at_least_z: bool  # whether the denominator is known to have at least the size of z, where relevance comes
 
 
 def _bias(linear: LinearMap) -> jax.Array:
@@ -461,7 +478,8 @@ class AlphaBeta(SplitRule, kw_only=True):
             yield from super()._flows(call, linear, relevance)
             return
         negative = _sums(linear, 0.0, 1.0) + jnp.minimum(_bias(linear), 0.0)
-        yield from self._over(linear, relevance, jnp.maximum(behind.output - negative, 0.0), negative)
+        positive = jnp.maximum(behind.output - negative, 0.0)
+        yield from self._over(linear, relevance, positive, negative, at_least_z=True)
 
 
 class Gamma(SplitRule, kw_only=True):
@@ -494,9 +512,12 @@ class Gamma(SplitRule, kw_only=True):
             yield from super()._flows(call, linear, relevance)
             return
         linear = self._where_it_comes(call, linear, relevance)
-        z, positive = linear.output, _sums(linear, 1.0, 0.0) + jnp.maximum(_bias(linear), 0.0)
+        run = linear.coarsely() if linear.positive else linear
+        z, positive = linear.output, _sums(run, 1.0, 0.0) + jnp.maximum(_bias(linear), 0.0)
+        if run is not linear:
+            positive = jnp.maximum(positive, z)
         negative = jnp.where(z < 0, z + self.gamma * (z - positive), 0.0)
-        yield from self._over(linear, relevance, z + self.gamma * positive, negative)
+        yield from self._over(linear, relevance, z + self.gamma * positive, negative, at_least_z=linear.positive)
 
     def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
         if _static(self.gamma) or type(self).shares is not Gamma.shares:
