@@ -211,7 +211,7 @@ def measure(
                     continue
                 explain = jaxlrp.lrp(case.run, composite, argnums=1, target=TARGET)
                 ours = {method: compiled(explain, case.params, case.x)}
-                if method in (*SIGNED, "Gamma"):  # on convolutions
+                if method in SIGNED:
                     ours[f"{method}, coarse"] = compiled(explain, case.params, case.x, precision=COARSE)
                 try:
                     with start(library, method, double=True) as peer:
