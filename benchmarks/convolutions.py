@@ -11,6 +11,7 @@ largest value.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -76,11 +77,11 @@ def rows(layer: tuple[Any, ...], rounds: int) -> list[list[str]]:
         (equation,) = jax.make_jaxpr(run)(x, w).eqns
     own = Convolution(equation.params, x.shape, w.shape)
     s = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, w).shape)
-    ways = [
-        ("transposed", {"jax": lambda w, s: jax.vjp(lambda x: run(x, w), x)[1](s)[0], "own": own.transpose}, (w, s))
-    ]
-    if own.applies:
-        ways.insert(0, ("forwards", {"jax": run, "own": own.apply}, (x, w)))
+    apply = own.apply_halved if own.halves else own.apply
+    transpose = functools.partial(own.transpose, halved=own.halves)
+    ways = [("transposed", {"jax": lambda w, s: jax.vjp(lambda x: run(x, w), x)[1](s)[0], "own": transpose}, (w, s))]
+    if own.applies or own.halves:
+        ways.insert(0, ("forwards", {"jax": run, "own": apply}, (x, w)))
     found = []
     for way, functions, args in ways:
         times, (theirs, ours) = timed(functions, rounds, *args)
