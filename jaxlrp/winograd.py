@@ -78,18 +78,28 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]]
     (low, high), *others = padding
     size = x.shape[1] + low + high - (TAPS - 1)
     tiles = -(-size // RESULTS)
-    around = [(low, RESULTS * (tiles + 1) - low - x.shape[1], 0), *[(0, 0, 0)] * (len(others) + 1)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around])
+    x = _with_zeros(x, 0, -x.shape[1] % RESULTS)
     x, kernel = lax.optimization_barrier((x, kernel))  # or all that comes before is computed for each of the six
-    x = x.reshape(x.shape[0], tiles + 1, RESULTS, *x.shape[2:])
-    rows = [x[:, row // RESULTS :, row % RESULTS][:, :tiles] for row in range(len(b))]
+    whole = x.reshape(x.shape[0], x.shape[1] // RESULTS, RESULTS, *x.shape[2:])
+    rows = []
+    for row in range(-low, len(b) - low):  # of each tile; those before it and behind are its neighbours'
+        neighbour, within = divmod(row, RESULTS)
+        rows.append(_with_zeros(whole[:, :, within], -neighbour, tiles - whole.shape[1] + neighbour))
     taps, ones = list(kernel), [1] * len(padding)
     products = []
     for of_taps, of_rows in zip(g, b, strict=True):
         image, filters = _combined(of_rows, rows), _combined(of_taps, taps)[None]
         products.append(lax.conv_general_dilated(image, filters, ones, [(0, 0), *others], **how))
-    y = jnp.stack([_combined(row, products) for row in a], axis=2)
+    # by broadcasting, which XLA fuses with what reads the results; a stack it would write first
+    a = jnp.expand_dims(jnp.asarray(a, x.dtype), range(2, x.ndim))
+    y = functools.reduce(operator.add, [a[:, k] * product[:, :, None] for k, product in enumerate(products)])
     return y.reshape(y.shape[0], tiles * RESULTS, *y.shape[3:])[:, :size]
+
+
+def _with_zeros(x: jax.Array, before: int, behind: int) -> jax.Array:
+    """Around the first axis of places; negative numbers cut off."""
+    around = [(0, 0, 0), (before, behind, 0), *[(0, 0, 0)] * (x.ndim - 2)]
+    return lax.pad(x, jnp.zeros((), x.dtype), around) if before or behind else x
 
 
 def _combined(factors: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
