@@ -23,10 +23,12 @@ import numpy as np
 
 from . import attributions, plot, targets
 from .accounts import Ledger, balance
-from .composites import PRESETS, Composite, EpsilonGammaBox, match_names
+from .composites import Composite
 from .errors import UnknownLayerError
 from .fold import at
 from .models import PretrainedImageModel, get_model
+from .presets import PRESETS, EpsilonGammaBox
+from .selectors import match_names
 from .tables import table
 from .transform import Setup, trace
 

@@ -21,11 +21,11 @@ from . import targets
 from ._explain import CommandError, _output_folder, _Progress
 from ._report_text import PAGE, Text, report, write
 from .accounts import balance
-from .composites import PRESETS
 from .models.imagenet import UnknownClassError
 from .models.minilm import pad, with_embeddings
 from .models.news import News, NewsClassifier, classify_news, load_news
 from .plot.text import printable
+from .presets import PRESETS
 from .transform import Setup
 
 COMPOSITES = ("attnlrp", "cplrp", "epsilon")

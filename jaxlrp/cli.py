@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _explain, _explain_text
-from .composites import PRESETS
 from .errors import LRPError
 from .models import MODELS, UnknownClassError, UnknownModelError, WeightFileError
 from .models.bert import ModelConfigError
 from .models.news import NewsError
 from .plot import COLOUR_MAPS
+from .presets import PRESETS
 
 _BAD_FILES = (WeightFileError, ModelConfigError, NewsError)
 

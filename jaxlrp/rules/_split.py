@@ -1,19 +1,10 @@
-"""Rules that split a linear layer's contributions by sign.
+"""What rules have in common that split a linear layer's contributions by sign.
 
 Write ``c_ij = x_i w_ij`` for what input ``i`` contributes to output ``j``, ``c⁺ = max(c, 0)``, ``c⁻ = min(c, 0)``, and
-``P_j = Σ_i c⁺_ij + b⁺_j``, ``N_j = Σ_i c⁻_ij + b⁻_j``, so that ``z = P + N``. Every rule here is a short list of
+``P_j = Σ_i c⁺_ij + b⁺_j``, ``N_j = Σ_i c⁻_ij + b⁻_j``, so that ``z = P + N``. Every such rule is a short list of
 *shares* ``(ρ, p, n)``: a part ``ρ_j`` of the relevance that is handed out in proportion to ``p c⁺ + n c⁻``:
 
     R_i = Σ_shares Σ_j (p c⁺_ij + n c⁻_ij) ρ_j / stab(p P_j + n N_j)
-
-=============  ==========================================
-rule           shares
-=============  ==========================================
-0, epsilon     (R, 1, 1)
-z+             (R, 1, 0)
-alpha-beta     (αR, 1, 0) and (-βR, 0, 1)
-gamma          (R [z > 0], 1+γ, 1) and (R [z < 0], 1, 1+γ)
-=============  ==========================================
 
 The split of the contributions is never formed: with ``x⁺, x⁻, w⁺, w⁻`` the sums over ``c⁺`` and ``c⁻`` are
 ``f(x⁺, w⁺) + f(x⁻, w⁻)`` and ``f(x⁺, w⁻) + f(x⁻, w⁺)``, so one share costs one or two runs of the layer and their
@@ -31,10 +22,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from ..errors import RuleError
-from ..graph import wide_dtype
 from ..linear import LinearMap
 from ._base import (
     Arrays,
@@ -43,7 +32,6 @@ from ._base import (
     Losses,
     Rule,
     at_least_zero,
-    known,
     ratio,
     stabilise,
     times,
@@ -73,8 +61,8 @@ class SplitRule(Rule, kw_only=True):
 
     Attributes:
         epsilon: stabiliser added to denominators with their sign: a number >= 0, an array that broadcasts to the
-            layer's
-            output, or a function of the denominators (a `jax.tree_util.Partial` if the rule is to cross `jax.jit`).
+            layer's output, or a function of the denominators (a `jax.tree_util.Partial` if the rule is to cross
+            `jax.jit`).
         clip: let denominators have at least the size epsilon instead of adding it.
         norm_scale: epsilon is relative to the root mean square of the denominators over one sample.
         bias: what becomes of the share that the bias would get. ``"absorb"``: it is lost there, the textbook's way.
@@ -110,8 +98,7 @@ class SplitRule(Rule, kw_only=True):
     @property
     def proportional(self) -> bool:
         """As long as a subclass changes the shares alone."""
-        own = type(self)
-        return own.modify is SplitRule.modify and own.fold in (SplitRule.fold, Zero.fold)
+        return type(self).modify is SplitRule.modify and type(self).fold is SplitRule.fold
 
     def _shares(self, relevance: jax.Array, linear: LinearMap) -> Sequence[Share]:
         shares = self.shares(relevance, linear.output)
@@ -155,7 +142,7 @@ class SplitRule(Rule, kw_only=True):
 
     def _again(self, call: LayerCall) -> bool:
         """Whether the layer has to run once more for the sums of the shares."""
-        return type(self).shares is not Zero.shares or self.bias != "absorb"
+        return True
 
     def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
         """Bias, stabiliser, and what had no contribution of the right sign to go to."""
@@ -199,25 +186,25 @@ class SplitRule(Rule, kw_only=True):
 
     # -- one share at a time -------------------------------------------------------------------------------------
 
-    def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
+    def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[Flow]:
         for share, p, n in self._shares(relevance, linear):
             z = self._where_it_comes(call, linear, share).output
             exactly = linear.exact and self.bias == "absorb"
-            at_least_z = exactly and linear.positive and _is_one(p) and isinstance(n, (int, float)) and 0 <= n <= 1
-            sums = _sums(linear.coarsely() if at_least_z else linear, p, n)
+            at_least_z = exactly and linear.positive and is_one(p) and isinstance(n, (int, float)) and 0 <= n <= 1
+            sums = sums_of(linear.coarsely() if at_least_z else linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
                 bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
                 # z is known from the forward pass; XLA then drops the second run of the layer
-                sums = z if linear.exact and _is_one(p) and _is_one(n) else sums + bias
-            elif linear.bias is None and linear.exact and _is_one(p) and _is_one(n):
+                sums = z if linear.exact and is_one(p) and is_one(n) else sums + bias
+            elif linear.bias is None and linear.exact and is_one(p) and is_one(n):
                 sums = z
             if at_least_z and sums is not z and linear.coarse is not None:
                 sums = jnp.maximum(sums, z)
             stabilised = self._stab(sums, linear)
             whole = share is relevance and sums is z
             coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
-            yield _Flow(share, p, n, coefficient, sums, bias, at_least_z or sums is z)
+            yield Flow(share, p, n, coefficient, sums, bias, at_least_z or sums is z)
 
     def _where_it_comes(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> LinearMap:
         """With ``z`` as it is where relevance comes, unless a denominator depends on ``z`` at other places too.
@@ -231,7 +218,7 @@ class SplitRule(Rule, kw_only=True):
 
     def _over(
         self, linear: LinearMap, relevance: jax.Array, *denominators: jax.Array, at_least_z: bool
-    ) -> Iterator[_Flow]:
+    ) -> Iterator[Flow]:
         """Every share over its own sum, bias included; a rule may have fewer shares than sums.
 
         Args:
@@ -240,14 +227,14 @@ class SplitRule(Rule, kw_only=True):
             denominators: the sums.
             at_least_z: whether the first of them is at least ``z`` wherever relevance comes.
         """
-        bias = _bias(linear)
+        bias = bias_of(linear)
         for (share, p, n), sums in zip(self._shares(relevance, linear), denominators, strict=False):
             coefficient = ratio(share, self._stab(sums, linear))
-            yield _Flow(share, p, n, coefficient, sums, jnp.broadcast_to(_mix(p, bias, n), sums.shape), at_least_z)
+            yield Flow(share, p, n, coefficient, sums, jnp.broadcast_to(_mix(p, bias, n), sums.shape), at_least_z)
             at_least_z = False
 
-    def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
-        return _pull(linear, flow.p, flow.n, flow.coefficient)
+    def _hand(self, linear: LinearMap, flow: Flow) -> list[Term]:
+        return pulled(linear, flow.p, flow.n, flow.coefficient)
 
     def _stab(self, z: jax.Array, linear: LinearMap) -> jax.Array:
         return stabilise(z, self.epsilon, clip=self.clip, norm_scale=self.norm_scale, features=linear.features)
@@ -255,7 +242,7 @@ class SplitRule(Rule, kw_only=True):
     # -- conserving the sum exactly ----------------------------------------------------------------------------------
 
     def _redistribution(self, linear: LinearMap, relevance: jax.Array) -> Arrays:
-        positive, negative = _sums(linear, 1.0, 0.0), _sums(linear, 0.0, 1.0)
+        positive, negative = sums_of(linear, 1.0, 0.0), sums_of(linear, 0.0, 1.0)
         bias = 0.0 if linear.bias is None else linear.bias
         plus = minus = jnp.zeros_like(relevance)
         for share, p, n in self._shares(relevance, linear):
@@ -270,14 +257,14 @@ class SplitRule(Rule, kw_only=True):
 
     def _redistributed(self, linear: LinearMap, relevance: jax.Array) -> list[Term]:
         _, _, plus, minus = self._redistribution(linear, relevance)
-        return _pull(linear, 1.0, 0.0, plus) + _pull(linear, 0.0, 1.0, minus)
+        return pulled(linear, 1.0, 0.0, plus) + pulled(linear, 0.0, 1.0, minus)
 
     def _redistributed_share(self, linear: LinearMap, relevance: jax.Array) -> jax.Array:
         positive, negative, plus, minus = self._redistribution(linear, relevance)
         return plus * positive + minus * negative
 
 
-class _Flow(NamedTuple):
+class Flow(NamedTuple):
     share: jax.Array  # ρ
     p: Factor
     n: Factor
@@ -287,16 +274,16 @@ class _Flow(NamedTuple):
     at_least_z: bool  # whether the denominator is known to have at least the size of z, where relevance comes
 
 
-def _bias(linear: LinearMap) -> jax.Array:
+def bias_of(linear: LinearMap) -> jax.Array:
     return jnp.zeros(()) if linear.bias is None else linear.bias
 
 
-def _sums(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
+def sums_of(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
     """``Σ_i p c⁺ + n c⁻`` for every output."""
     return linear.apply_all(_parts(linear, p, n))
 
 
-def _pull(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> list[Term]:
+def pulled(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> list[Term]:
     """``Σ_j (p c⁺_ij + n c⁻_ij) s_j`` for every input, as products of inputs and slopes that are to be added up."""
     inputs, weights = zip(*_parts(linear, p, n), strict=True)
     return list(zip(inputs, linear.transpose_all(weights, s), strict=True))
@@ -309,8 +296,8 @@ def _added(terms: Sequence[Arrays]) -> Arrays:
 def _parts(linear: LinearMap, p: Factor, n: Factor) -> list[tuple[Arrays, Arrays]]:
     """Inputs and weights whose contributions add up to ``p c⁺ + n c⁻``."""
     x, w = linear.inputs, linear.weights
-    if p is n or (_static(p) and _static(n) and p == n):
-        return [(x, w if _is_one(p) else tuple(p * a for a in w))]
+    if p is n or (is_static(p) and is_static(n) and p == n):
+        return [(x, w if is_one(p) else tuple(p * a for a in w))]
     own = tuple(_mix(p, a, n) for a in w)
     if linear.nonnegative:
         return [(x, own)]
@@ -321,209 +308,20 @@ def _parts(linear: LinearMap, p: Factor, n: Factor) -> list[tuple[Arrays, Arrays
 def _mix(p: Factor, w: jax.Array, n: Factor) -> jax.Array:
     """``p w⁺ + n w⁻``."""
     parts = []
-    if not _is_zero(p):
-        parts.append(jnp.maximum(w, 0.0) if _is_one(p) else p * jnp.maximum(w, 0.0))
-    if not _is_zero(n):
-        parts.append(jnp.minimum(w, 0.0) if _is_one(n) else n * jnp.minimum(w, 0.0))
+    if not is_zero(p):
+        parts.append(jnp.maximum(w, 0.0) if is_one(p) else p * jnp.maximum(w, 0.0))
+    if not is_zero(n):
+        parts.append(jnp.minimum(w, 0.0) if is_one(n) else n * jnp.minimum(w, 0.0))
     return sum(parts[1:], parts[0]) if parts else jnp.zeros_like(w)
 
 
-def _static(factor: Any) -> bool:
+def is_static(factor: Any) -> bool:
     return isinstance(factor, (int, float))
 
 
-def _is_zero(factor: Any) -> bool:
-    return _static(factor) and factor == 0
+def is_zero(factor: Any) -> bool:
+    return is_static(factor) and factor == 0
 
 
-def _is_one(factor: Any) -> bool:
-    return _static(factor) and factor == 1
-
-
-class Zero(SplitRule, kw_only=True):
-    """LRP-0: ``R_i = Σ_j c_ij R_j / z_j`` (Bach et al., 2015).
-
-    Where ``z_j`` is 0, ``R_j / z_j`` is what the layers above handed down per unit of ``z_j``, as in gradient x input,
-    or 0 if they have a rule that does not say.
-
-    On layers that are not linear it is the first-order Taylor term: ``x_i`` times the derivative of the output along
-    it.
-
-    Example:
-            >>> import jax.numpy as jnp, jaxlrp
-            >>> explain = jaxlrp.lrp(lambda x, w: x @ w, jaxlrp.Composite.uniform(jaxlrp.Zero()))
-            >>> explain(jnp.array([1.0, 2.0]), jnp.array([[3.0], [1.0]]))
-            Array([3., 2.], dtype=float32)
-    """
-
-    epsilon: Any = struct.field(pytree_node=False, default=0.0)
-
-    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
-        """All of it, in proportion to all contributions."""
-        return [(relevance, 1.0, 1.0)]
-
-    def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
-        """As for every split rule; a Taylor term where the layer is not linear."""
-        if call.layer.linear is not None:
-            return super().fold(call, *relevance)
-        return self._taylor(call, relevance).relevance
-
-    def hand(self, call: LayerCall, *relevance: jax.Array) -> Handed:
-        """The same, and per unit of input."""
-        if type(self).fold is not Zero.fold:
-            return super().hand(call, *relevance)
-        return self._taylor(call, relevance) if call.layer.linear is None else self._handed(call, *relevance)
-
-    def _taylor(self, call: LayerCall, relevance: Arrays) -> Handed:
-        back = call.vjp(*self._seeds(call, relevance))
-        # nothing to a mask, and no -inf times 0
-        slopes = tuple(jnp.where(_masked(x), 0.0, g) for x, g in zip(call.inputs, back, strict=True))
-        return Handed(times(_unmasked(call.inputs), slopes), slopes)
-
-    def losses(self, call: LayerCall, *relevance: jax.Array) -> Losses:
-        """Named losses of a linear layer; of others, what the Taylor term leaves out."""
-        if call.layer.linear is not None:
-            return super().losses(call, *relevance)
-        _, linear = jax.jvp(call.apply, call.inputs, _unmasked(call.inputs))
-        zero = jnp.zeros(())
-        losses = {"nonlinearity": zero, "stabiliser": zero}
-        for r, c, z, t in zip(relevance, self._seeds(call, relevance), call.outputs, linear, strict=True):
-            z, t = (jnp.where(jnp.isfinite(z), a, 0.0) for a in (z, t))  # a masked output (log 0) gets nothing
-            losses["nonlinearity"] += total(c * (z - t))
-            losses["stabiliser"] += total(r - c * z)
-        return losses
-
-    def _seeds(self, call: LayerCall, relevance: Arrays) -> list[jax.Array]:
-        outputs = enumerate(zip(relevance, call.outputs, strict=True))
-        return [call.slope(r, z, self._stab_plain(z), i) for i, (r, z) in outputs]
-
-    def _stab_plain(self, z: jax.Array) -> jax.Array:
-        features = tuple(range(max(z.ndim - 1, 0), z.ndim))
-        return stabilise(z, self.epsilon, clip=self.clip, norm_scale=self.norm_scale, features=features)
-
-
-_FILL = 1e8  # masks are filled with -inf, -1e9 or the most negative number; no score comes near these
-
-
-def _unmasked(x: Arrays) -> Arrays:
-    """Inputs with 0 where a mask stands, which contributes nothing (to a softmax)."""
-    return tuple(jnp.where(_masked(a), 0.0, a) for a in x)
-
-
-def _masked(x: jax.Array) -> jax.Array:
-    return jnp.abs(x) >= _FILL
-
-
-class Epsilon(Zero):
-    """LRP-epsilon: ``R_i = Σ_j c_ij R_j / (z_j + ε sign z_j)`` (Bach et al., 2015).
-
-    Example:
-        >>> import jaxlrp
-        >>> print(jaxlrp.Epsilon(0.25, norm_scale=True))
-        Epsilon(epsilon=0.25, norm_scale=True)
-    """
-
-    epsilon: Any = struct.field(default=1e-6, kw_only=False)
-
-
-class Norm(Epsilon):
-    """The epsilon rule under the name it has for weightless sums and average pools (zennit's Norm)."""
-
-
-class ZPlus(SplitRule, kw_only=True):
-    """LRP-z+: positive contributions alone, ``R_i = Σ_j c⁺_ij R_j / P_j`` (Montavon et al., 2017).
-
-    The same as alpha 1, beta 0: negative inputs with negative weights contribute positively.
-    """
-
-    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
-        """All of it to positive contributions."""
-        return [(relevance, 1.0, 0.0)]
-
-
-class AlphaBeta(SplitRule, kw_only=True):
-    """LRP-αβ: ``R_i = Σ_j (α c⁺_ij / P_j - β c⁻_ij / N_j) R_j`` with ``α - β = 1`` (Bach et al., 2015).
-
-    Raises:
-        ValueError: alpha or beta is negative, or ``alpha - beta`` is not 1.
-    """
-
-    alpha: Any = struct.field(default=2.0, kw_only=False)
-    beta: Any = struct.field(default=1.0, kw_only=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        alpha, beta = known(self.alpha), known(self.beta)
-        at_least_zero(alpha=self.alpha, beta=self.beta)
-        if alpha is not None and beta is not None and abs(alpha - beta - 1) > 1e-6:
-            raise ValueError(f"alpha and beta must be at least 0 and alpha - beta 1, not {self.alpha}, {self.beta}")
-
-    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
-        """Alpha to positive contributions, minus beta to negative ones."""
-        shares: list[Share] = [(self.alpha * relevance, 1.0, 0.0)]
-        if not _is_zero(self.beta):
-            shares.append((-self.beta * relevance, 0.0, 1.0))
-        return shares
-
-    def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
-        """Behind a relu one run of the layer for both sums, ``N``: where ``z > 0``, ``P = z - N`` cancels nothing."""
-        behind = self._where_it_comes(call, linear, relevance)
-        own = type(self).shares is AlphaBeta.shares
-        if own and not _is_zero(self.beta):
-            relevance = lax.optimization_barrier(relevance)  # XLA would compute it once for each share
-        plain = linear.exact and linear.positive and self.bias == "absorb" and not _is_zero(self.beta)
-        made = [v.dtype for eqn in call.layer.equations for v in eqn.outputs]
-        rounded = any(wide_dtype(dtype) != dtype for dtype in made)  # such a z is not the sum of P and N
-        if not plain or rounded or not own:
-            yield from super()._flows(call, linear, relevance)
-            return
-        negative = _sums(linear, 0.0, 1.0) + jnp.minimum(_bias(linear), 0.0)
-        positive = jnp.maximum(behind.output - negative, 0.0)
-        yield from self._over(linear, relevance, positive, negative, at_least_z=True)
-
-
-class Gamma(SplitRule, kw_only=True):
-    """LRP-γ: contributions of the output's own sign count ``1 + γ`` times (Montavon et al., 2019).
-
-    In the generalised form of Andéol et al. (2021), which is right for negative inputs and outputs too:
-    ``R_i = Σ_{z_j>0} (c_ij + γ c⁺_ij) R_j / (z_j + γ P_j) + Σ_{z_j<0} (c_ij + γ c⁻_ij) R_j / (z_j + γ N_j)``.
-    """
-
-    gamma: Any = struct.field(default=0.25, kw_only=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_zero(gamma=self.gamma)
-
-    def shares(self, relevance: jax.Array, z: jax.Array) -> Sequence[Share]:
-        """Positive outputs favour positive contributions, negative outputs negative ones."""
-        more = 1.0 + self.gamma
-        return [(jnp.where(z > 0, relevance, 0.0), more, 1.0), (jnp.where(z < 0, relevance, 0.0), 1.0, more)]
-
-    def _shares(self, relevance: jax.Array, linear: LinearMap) -> Sequence[Share]:
-        shares = super()._shares(relevance, linear)
-        # nothing comes to negative outputs: one share less to pay for
-        return shares[:1] if linear.positive and type(self).shares is Gamma.shares else shares
-
-    def _flows(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> Iterator[_Flow]:
-        """One run of the layer for all shares, ``P``: where ``z < 0``, ``N = z - P`` cancels nothing."""
-        plain = linear.exact and self.bias == "absorb" and not self.norm_scale and not callable(self.epsilon)
-        if not plain or type(self).shares is not Gamma.shares:
-            yield from super()._flows(call, linear, relevance)
-            return
-        linear = self._where_it_comes(call, linear, relevance)
-        run = linear.coarsely() if linear.positive else linear
-        z, positive = linear.output, _sums(run, 1.0, 0.0) + jnp.maximum(_bias(linear), 0.0)
-        if run is not linear:
-            positive = jnp.maximum(positive, z)
-        negative = jnp.where(z < 0, z + self.gamma * (z - positive), 0.0)
-        yield from self._over(linear, relevance, z + self.gamma * positive, negative, at_least_z=linear.positive)
-
-    def _hand(self, linear: LinearMap, flow: _Flow) -> list[Term]:
-        if _static(self.gamma) or type(self).shares is not Gamma.shares:
-            return super()._hand(linear, flow)
-        # A gamma that is traced may be one of many under vmap: the weights must not be multiplied by it, or every gamma
-        # has a convolution with weights of its own.
-        signs = (1.0, 0.0) if _is_one(flow.n) else (0.0, 1.0)
-        both, more = (_pull(linear, *pn, flow.coefficient) for pn in ((1.0, 1.0), signs))
-        return both + [(x, tuple(self.gamma * g for g in slopes)) for x, slopes in more]
+def is_one(factor: Any) -> bool:
+    return is_static(factor) and factor == 1
