@@ -247,9 +247,9 @@ class LinearSpec:
 def absorb_tail(program: Program, core: Equation) -> LinearSpec:
     """Follow the only reader of a linear operation's output as long as it scales, shifts or reshapes it by constants.
 
-    A scale is taken in if it can be multiplied into the weights: it may vary over the output features
-    of a convolution or matrix product only. A shift by a number written in the code belongs to an activation
-    (``relu6(z + 3)``) and ends the layer; so does a weightless sum's shift, which is no bias of its own.
+    A scale is taken in if it can be multiplied into the weights: it may vary over the output features of a convolution
+    or matrix product only. A shift by a number written in the code belongs to an activation (``relu6(z + 3)``) and
+    ends the layer; so does a weightless sum's shift, which is no bias of its own.
     """
     inputs = tuple(v for v in core.dependent if v.carries)
     value, tail = core.outputs[0], []

@@ -108,8 +108,9 @@ def _split(
         sizes["target"] = [np.shape(k)[0] for k in jax.tree.leaves(by_name["target"]) if np.ndim(k)]
     if len({n for found in sizes.values() for n in found}) > 1:
         each = "; ".join(f"{name}: {', '.join(map(str, found))}" for name, found in sizes.items())
+        hint = "; argument 0 of a module is its parameters, argument 1 its input" if 0 in by_place else ""
         raise InputError(
-            f"arguments that are split must have equally many samples along their leading axis, not {each}"
+            f"arguments that are split must have equally many samples along their leading axis, not {each}{hint}"
         )
     return (by_place, by_name), next(iter(sizes.values()))[0]
 
@@ -137,7 +138,7 @@ def _joined(path: Any, want: tuple[int, ...], parts: jax.Array, count: int) -> j
         name = jax.tree_util.keystr(path)
         raise InputError(
             f"the result{name and ' at ' + name} has shape {want} for all samples and {tuple(each)} for one batch: "
-            "each sample must have its own entry along one axis"
+            "each sample must have its own entry along one axis (in a ledger, which sums over samples, none has)"
         )
     (axis,) = axes
     size = each[axis]

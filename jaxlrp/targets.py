@@ -1,9 +1,8 @@
 """Targets: what relevance the output starts with.
 
 A target is any function from the model's output to the relevance of that output, of the same shape. Those here act
-along the
-last axis, are pytrees (their class indices may be traced, a new class never recompiles) and work for one sample or a
-batch.
+along the last axis, are pytrees (their class indices may be traced, a new class never recompiles) and work for one
+sample or a batch.
 """
 
 from __future__ import annotations

@@ -14,14 +14,16 @@ import numpy as np
 
 from . import _compat
 from ._adapters import Adapted, as_function
-from .composites import Assignment, Assignments, Composite, Name, as_composite
+from .composites import Assignment, Assignments, Composite
 from .errors import InputError
 from .fold import Folded, Relevances, Step, Watch, at, constant_values, fold
 from .graph import Env, Program, Value, read, trace_program
 from .lattice import find_layers
 from .layers import Layer, every_layer, forks
+from .presets import as_composite
 from .remat import Blocks, find_blocks, own_blocks
 from .rules import Known, Rule
+from .selectors import Name
 from .signs import nonnegative_values
 from .support import pooled_values, positive_values, rectified_values, summands
 from .tables import table
@@ -63,12 +65,11 @@ def lrp(
         ``explain(*args, target=None, **kwargs)``: relevance with the shape (and tree structure) of the explained
         argument, a tuple if ``argnums`` is a sequence, in at least float32. Explained integers are token ids: theirs is
         the relevance of the embeddings that they look up, with those' shape. For a Linen module the arguments are
-        those of
-        ``model.apply``; for an NNX module ``(nnx.state(model), *inputs)``, and the module itself is accepted as its
-        state.
+        those of ``model.apply``; for an NNX module ``(nnx.state(model), *inputs)``, and the module itself is accepted
+        as its state.
         ``target`` says what is explained: None starts every output with its own value, an integer (or one per sample;
-        it may be
-        traced) with that class's logit alone, and a function of the output (see `jaxlrp.targets`) with what it returns.
+        it may be traced) with that class's logit alone, and a function of the output (see `jaxlrp.targets`) with what
+        it returns.
 
     Raises:
         UnknownPrimitiveError, UnsupportedError: the model does something that has no known meaning for relevance.
@@ -182,7 +183,8 @@ def layerwise_lrp(
     """As `lrp`, but ``explain`` returns ``(relevance, {layer name: relevance at that layer's input})``.
 
     The relevance of a hidden value is all that arrives there, from every layer that reads it. A layer with several
-    inputs (a residual sum, a product) gives a tuple.
+    inputs (a residual sum, a product) gives a tuple. Layers come in the order in which the model runs them; under
+    `jax.jit` by name, as jax sorts the keys of every dictionary.
 
     Args:
         model: as for `lrp`.

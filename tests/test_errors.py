@@ -425,6 +425,15 @@ def test_an_unknown_kind_shows_near_ones(select: Callable[..., Any]) -> None:
         explained((select("liner"), jaxlrp.Zero()))
 
 
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [("BatchNorm_0", "scale"), ("LayerNorm", "normalization"), ("self_attention", "softmax"), ("LSTM", "recurrence")],
+)
+def test_the_name_of_a_kind_of_module_says_what_it_is_here(module: str, kind: str) -> None:
+    with refused(jaxlrp.UnknownLayerError, repr(module), repr(kind)):
+        explained((jaxlrp.kind(module), jaxlrp.Zero()))
+
+
 def test_a_known_kind_that_the_model_lacks_is_fine() -> None:
     assert explained((jaxlrp.kind("conv"), jaxlrp.Zero())).shape == X.shape
 
