@@ -83,16 +83,16 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]]
     whole = x.reshape(x.shape[0], x.shape[1] // RESULTS, RESULTS, *x.shape[2:])
     rows = []
     for row in range(-low, len(b) - low):  # of each tile; those before it and behind are its neighbours'
-        neighbour, within = divmod(row, RESULTS)
-        rows.append(_with_zeros(whole[:, :, within], -neighbour, tiles - whole.shape[1] + neighbour))
+        neighbour, k = divmod(row, RESULTS)
+        rows.append(_with_zeros(whole[:, :, k], -neighbour, tiles - whole.shape[1] + neighbour))
     taps, ones = list(kernel), [1] * len(padding)
     products = []
     for of_taps, of_rows in zip(g, b, strict=True):
         image, filters = _combined(of_rows, rows), _combined(of_taps, taps)[None]
         products.append(lax.conv_general_dilated(image, filters, ones, [(0, 0), *others], **how))
     # by broadcasting, which XLA fuses with what reads the results; a stack it would write first
-    a = jnp.expand_dims(jnp.asarray(a, x.dtype), range(2, x.ndim))
-    y = functools.reduce(operator.add, [a[:, k] * product[:, :, None] for k, product in enumerate(products)])
+    factors = a.T.astype(x.dtype).reshape(len(products), 1, 1, RESULTS, *[1] * (x.ndim - 2))
+    y = functools.reduce(operator.add, [f * product[:, :, None] for f, product in zip(factors, products, strict=True)])
     return y.reshape(y.shape[0], tiles * RESULTS, *y.shape[3:])[:, :size]
 
 
