@@ -24,19 +24,18 @@ OPS: dict[str, tuple[str, ...]] = {
     "branch": ("cond",),
 }
 
-#: Names of modules that people look for, and what they are here.
+#: What modules are here whose names people look for, without digits and underscores.
 _ELSEWHERE = {
-    "batchnorm": "a BatchNorm is part of the linear layer beside it, or else of kind 'scale'",
-    "norm": "normalisations are of kind 'normalization'",
-    "attention": "attention is made of layers of kinds 'linear', 'softmax' and 'product'",
-    "flatten": "what only moves values is of kind 'move'",
-    "dropout": "dropout does nothing in inference, and makes no layer",
-    "embed": "looking embeddings up is of kind 'move'",
-    "residual": "a residual sum is 'add'",
-    "skip": "a residual sum is 'add'",
-    "lstm": "an LSTM is of kind 'recurrence'",
-    "gru": "a GRU is of kind 'recurrence'",
-    "rnn": "an RNN is of kind 'recurrence'",
+    "a BatchNorm is part of the linear layer beside it, or else of kind 'scale'": ("batchnorm", "bn"),
+    "normalisations are of kind 'normalization'": ("norm", "layernorm", "rmsnorm", "groupnorm", "instancenorm"),
+    "attention is made of layers of kinds 'linear', 'softmax' and 'product'": (
+        *("attention", "selfattention", "crossattention", "multiheadattention", "multiheaddotproductattention"),
+    ),
+    "what only moves values is of kind 'move'": ("flatten",),
+    "dropout does nothing in inference, and makes no layer": ("dropout",),
+    "relevance of token ids ends at their embeddings, which make no layer": ("embed", "embedding"),
+    "a residual sum is 'add'": ("residual", "skip"),
+    "a scan over time is of kind 'recurrence'": ("rnn", "lstm", "gru", "lstmcell", "grucell"),
 }
 
 
@@ -56,11 +55,11 @@ class Kind(Selector):
 
     def select(self, layers: Sequence[Layer]) -> list[bool]:
         """By kind or op."""
-        found = [self.kind in ("*", layer.kind, layer.op) for layer in layers]
-        known = {*KINDS, *itertools.chain(*OPS.values())}
+        found = [self.kind in ("*", layer.kind, layer.op, f"{layer.kind}/{layer.op}") for layer in layers]
+        known = {*KINDS, *itertools.chain(*OPS.values()), *(f"{kind}/{op}" for kind, ops in OPS.items() for op in ops)}
         if self.kind not in known and not any(found) and self.kind != "*":
-            asked = re.sub(r"[\W_]", "", self.kind.lower())
-            elsewhere = next((f"; {hint}" for word, hint in _ELSEWHERE.items() if word in asked), None)
+            module = re.sub(r"[\W\d_]", "", self.kind.lower())
+            elsewhere = next((f"; {what}" for what, names in _ELSEWHERE.items() if module in names), None)
             hint = elsewhere or _closest(self.kind, known | {layer.op for layer in layers})
             raise UnknownLayerError(f"no kind or operation {self.kind!r}{hint}")
         return found
@@ -158,7 +157,7 @@ class Where(Selector):
 
 
 def kind(name: str) -> Selector:
-    """Layers of a kind (``"linear"``, ``"sum"``, ...) or operation (``"conv"``, ``"relu"``, ...); ``"*"`` is all."""
+    """Layers of a kind (``"linear"``, ...), operation (``"conv"``, ...) or both (``"linear/conv"``); ``"*"`` is all."""
     return Kind(name)
 
 

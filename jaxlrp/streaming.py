@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .accounts import Ledger
 from .errors import InputError
 from .targets import ClassTarget
 
@@ -79,7 +80,10 @@ def stream(
             return run(jax.tree.map(part, given))
 
         starts = np.minimum(np.arange(0, count, size), count - size)
-        whole, found = jax.eval_shape(run, given), jax.lax.map(batch, starts)
+        whole = jax.eval_shape(run, given)
+        if isinstance(whole, Ledger):
+            raise InputError("a ledger sums over samples, so it cannot be put together sample by sample: give it fewer")
+        found = jax.lax.map(batch, starts)
         join = lambda path, want, parts: _joined(path, want.shape, parts, count)  # noqa: E731
         return jax.tree_util.tree_map_with_path(join, whole, found)
 
@@ -108,7 +112,8 @@ def _split(
         sizes["target"] = [np.shape(k)[0] for k in jax.tree.leaves(by_name["target"]) if np.ndim(k)]
     if len({n for found in sizes.values() for n in found}) > 1:
         each = "; ".join(f"{name}: {', '.join(map(str, found))}" for name, found in sizes.items())
-        hint = "; argument 0 of a module is its parameters, argument 1 its input" if 0 in by_place else ""
+        parameters = 0 in by_place and len(sizes["argument 0"]) > 1
+        hint = "; of a module, argument 0 holds the parameters and argument 1 is the input" if parameters else ""
         raise InputError(
             f"arguments that are split must have equally many samples along their leading axis, not {each}{hint}"
         )
@@ -138,7 +143,7 @@ def _joined(path: Any, want: tuple[int, ...], parts: jax.Array, count: int) -> j
         name = jax.tree_util.keystr(path)
         raise InputError(
             f"the result{name and ' at ' + name} has shape {want} for all samples and {tuple(each)} for one batch: "
-            "each sample must have its own entry along one axis (in a ledger, which sums over samples, none has)"
+            "each sample must have its own entry along one axis"
         )
     (axis,) = axes
     size = each[axis]

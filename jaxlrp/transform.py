@@ -163,7 +163,9 @@ def lrp_vjp(
     forward = Setup(model, composite, argnums, has_aux, check, remat).forward(args, kwargs)
 
     def pull(relevance: Any) -> Any:
-        check_shape(relevance, forward.output, "the relevance to pull back must have the output's own shape")
+        of_class = "for a class k it is jaxlrp.targets.logit(k)(output)"
+        demand = f"the relevance to pull back ({of_class}) must have the output's own shape"
+        check_shape(relevance, forward.output, demand)
         return forward.gather(forward.fold(relevance).relevance)
 
     return (forward.output, pull, forward.aux) if has_aux else (forward.output, pull)
@@ -183,8 +185,8 @@ def layerwise_lrp(
     """As `lrp`, but ``explain`` returns ``(relevance, {layer name: relevance at that layer's input})``.
 
     The relevance of a hidden value is all that arrives there, from every layer that reads it. A layer with several
-    inputs (a residual sum, a product) gives a tuple. Layers come in the order in which the model runs them; under
-    `jax.jit` by name, as jax sorts the keys of every dictionary.
+    inputs (a residual sum, a product) gives a tuple. Layers come in the order in which the model runs them; out of
+    `jax.jit` or `jax.vmap` by name, as jax sorts the keys of every dictionary.
 
     Args:
         model: as for `lrp`.

@@ -427,15 +427,30 @@ def test_an_unknown_kind_shows_near_ones(select: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     ("module", "kind"),
-    [("BatchNorm_0", "scale"), ("LayerNorm", "normalization"), ("self_attention", "softmax"), ("LSTM", "recurrence")],
+    [
+        ("BatchNorm_0", "scale"),
+        ("LayerNorm", "normalization"),
+        ("self_attention", "softmax"),
+        ("LSTMCell", "recurrence"),
+    ],
 )
 def test_the_name_of_a_kind_of_module_says_what_it_is_here(module: str, kind: str) -> None:
     with refused(jaxlrp.UnknownLayerError, repr(module), repr(kind)):
         explained((jaxlrp.kind(module), jaxlrp.Zero()))
 
 
-def test_a_known_kind_that_the_model_lacks_is_fine() -> None:
-    assert explained((jaxlrp.kind("conv"), jaxlrp.Zero())).shape == X.shape
+@pytest.mark.parametrize("kind", ["conv", "linear/conv"])
+def test_a_known_kind_that_the_model_lacks_is_fine(kind: str) -> None:
+    assert explained((jaxlrp.kind(kind), jaxlrp.Zero())).shape == X.shape
+
+
+def test_a_kind_as_tables_print_it() -> None:
+    both = jaxlrp.EpsilonPlus().extend((jaxlrp.kind("linear/dense"), jaxlrp.Flat()))
+    model, params = mlp()
+    rules = {a.reason for a in both.assign(jaxlrp.trace(model, params, X)) if a.layer.kind == "linear"}
+    assert rules == {'kind("linear/dense")'}
+    with refused(jaxlrp.UnknownLayerError, "'linear/relu'"):
+        explained((jaxlrp.kind("linear/relu"), jaxlrp.Zero()))
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,10 @@ def test_what_cannot_be_split_is_refused(case: Any) -> None:
         stream(explain, 2.5, argnums=1)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="argnums=2, but 2 positional"):
         stream(explain, 4, argnums=2)(params, x)
+    with pytest.raises(InputError, match="argument 0 holds the parameters and argument 1 is the input"):
+        stream(explain, 4, argnums=0)(params, x)
+    with pytest.raises(InputError, match="a ledger sums over samples"):
+        stream(jaxlrp.ledger(MODEL), 4, argnums=1)(params, x)
     with pytest.raises(InputError, match="argnames='mask', but no such"):
         stream(explain, 4, argnums=1, argnames="mask")(params, x)
     with pytest.raises(InputError, match="argument 0 holds a scalar"):

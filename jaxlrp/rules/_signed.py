@@ -50,11 +50,11 @@ class Zero(SplitRule, kw_only=True):
 
     @property
     def proportional(self) -> bool:
-        """As for every split rule."""
+        """As long as a subclass changes the shares alone."""
         return type(self).modify is SplitRule.modify and type(self).fold is Zero.fold
 
     def _again(self, call: LayerCall) -> bool:
-        """The sum of all contributions is known from the forward pass."""
+        """Not for the sum of all contributions, which is known from the forward pass."""
         return type(self).shares is not Zero.shares or self.bias != "absorb"
 
     def fold(self, call: LayerCall, *relevance: jax.Array) -> Arrays:
