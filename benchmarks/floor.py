@@ -1,4 +1,4 @@
-"""Where the time of relevance goes: how much of it is convolutions and matrix products, computed in full.
+"""Where the time of relevance goes: how much of it is convolutions and matrix products.
 
     python benchmarks/floor.py [--network NAME ...] [--composite NAME ...] [--rounds N] [--top N]
 
@@ -9,8 +9,10 @@ own, with nothing beside it, and is run by the faster of YNNPACK and XLA's own k
 be one: about the least that a choice among these leaves. Operations per second stand beside those of large square
 matrix products in the same run, which is about the most that the processor can do. (XLA counts elementwise operations
 too; they are many where depthwise layers are sums of shifts, as on EfficientNet.) All run on one core, so that no two
-operations run at the same time and their sum is the whole, and keep temporary memory between calls (malloc.py). With
---top, the slowest operations that are no products are listed as well.
+operations run at the same time and their sum is the whole, and keep temporary memory between calls (malloc.py). In
+rows called coarse, products of rules may be as coarse as in TF32 (speed.py); what it takes to prepare six small
+convolutions for one, and to put their results together, counts as other. With --top, the slowest operations that are no
+products are listed as well.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ if __package__ in (None, ""):  # run as a script
 
 import jaxlrp
 from benchmarks.malloc import keep_memory
-from benchmarks.speed import NETWORKS, Case
+from benchmarks.speed import COARSE, NETWORKS, Case
 from jaxlrp import _compat
 from jaxlrp import _primitives as P
 from jaxlrp.convolutions import Convolution
@@ -185,7 +187,14 @@ def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> 
     for method, composite in case.composites.items():
         if not wanted or method in wanted:
             functions[method] = jaxlrp.lrp(case.run, composite, argnums=1, target=1)
-    programs = {method: compiled(function, case.params, case.x) for method, function in functions.items()}
+    programs = {}
+    for method in list(functions):
+        programs[method] = compiled(functions[method], case.params, case.x)
+        if method in case.coarse:
+            coarse = f"{method}, coarse"
+            functions[coarse] = functions[method]
+            with jax.default_matmul_precision(COARSE):
+                programs[coarse] = compiled(functions[method], case.params, case.x)
     whole: dict[str, list[float]] = collections.defaultdict(list)
     parts: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     squares, of_squares = square_products(), []  # seconds
