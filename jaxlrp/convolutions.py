@@ -1,4 +1,4 @@
-"""Convolutions that rules run and transpose themselves, where a detour beats what XLA does with jax's own.
+"""Convolutions that take a detour where it beats what XLA does with jax's own: those of rules, and some of the model's.
 
 **Strides.** jax transposes a convolution of stride ``s`` into one that spreads its input with ``s - 1`` zeros between
 neighbours and multiplies them all. Write ``p = s q + φ`` for the places of the padded input and ``t = s m + φ`` for the
@@ -17,7 +17,8 @@ elementwise products. XLA's convolutions on a CPU take many times as long as tha
 handed back through several kernels is one to all their features. Images have 3, too few to fill the registers of a CPU:
 `stack` says along which axes to put inputs and kernels together.
 
-**Three taps.** Where a user lets products be no better than in TF32, `winograd` takes half of the multiplications.
+**Three taps.** Where a user lets products be no better than in TF32, `winograd` takes half of the multiplications. This
+alone is for the model's own forward pass as well.
 
 **One place each.** A 1 × 1 kernel without strides or padding is a matrix product over the features. XLA's convolutions
 of few places and many features take up to half as long again.
@@ -37,12 +38,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import winograd
+from . import _compat, winograd
 
 # Input features up to which phases beat zeros although they pad the kernel to a multiple of the stride, and up to which
 # several inputs are run together.
 _FEW = 8
 _MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
+
+
+def forward(primitive: Any, params: Mapping[str, Any], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution of the model, as it is or with half of the multiplications."""
+    convolution = Convolution(params, x.shape, kernel.shape)
+    made = params["preferred_element_type"] or x.dtype
+    if convolution.halves and x.dtype == kernel.dtype == made == jnp.float32:
+        return convolution.apply_halved(x, kernel)
+    return _compat.bind(primitive, params, x, kernel)[0]
 
 
 class Convolution:
@@ -94,7 +104,7 @@ class Convolution:
             and dense
             and self.taps[:1] == [winograd.TAPS]
             and winograd.asked(params["precision"])
-            and winograd.pays(image[numbers.lhs_spec[0]], sizes, self.features, out)
+            and winograd.pays(image[numbers.lhs_spec[0]], sizes, self.taps, self.features, out)
         )
 
     @property

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _compat, _primitives, registry
+from . import _compat, _primitives, convolutions, registry
 from .errors import UnsupportedError
 
 Env = dict["Value", Any]
@@ -92,6 +92,9 @@ class Equation:
             return
         if wide:
             values, params = _widened(values, params)
+        elif self.primitive in _primitives.CONV:
+            env[self.outputs[0]] = convolutions.forward(self.primitive, params, *values)
+            return
         env.update(zip(self.outputs, _compat.bind(self.primitive, params, *values), strict=True))
 
     def describe(self) -> str:

@@ -14,8 +14,9 @@ axis of places: a convolution becomes six, each of a quarter of the places and a
 would be more values in between and larger errors.
 
 **What is lost.** Each result is a difference of sums over all six inputs, so its error is relative to the largest of
-them. A result that in truth is far smaller than its neighbours drowns in it. Rules therefore use it only where nothing
-depends on such results, see `LinearMap.coarsely`.
+them. A result that in truth is far smaller than its neighbours drowns in it. The model's own outputs do with that: what
+comes after them, relevance too, is that of a model which rounded so. Rules, which divide by results of their own, use
+it only where nothing depends on such small ones, see `LinearMap.coarsely`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from jax import lax
 POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-1, 2))
 TAPS = 3
 RESULTS = len(POINTS) + 2 - TAPS  # at once
-# Fewer features or places, on a CPU, take less time in full.
-_FEATURES, _PLACES = 64, 512
+# On a CPU fewer features or places take less time in full, and to save fewer multiplications is not worth it to compile
+# six convolutions for one.
+_FEATURES, _PLACES, _MULTIPLICATIONS = 64, 512, 2**30
 
 
 def asked(precision: Any) -> bool:
@@ -44,10 +46,12 @@ def asked(precision: Any) -> bool:
     return isinstance(precision, tuple) and {*precision} <= {lax.Precision.DEFAULT, lax.Precision.HIGH}
 
 
-def pays(samples: int, places: Sequence[int], features: int, out: int) -> bool:
+def pays(samples: int, places: Sequence[int], taps: Sequence[int], features: int, out: int) -> bool:
     """Whether it takes less time, on a CPU, for so many places of the output."""
     whole = RESULTS * -(-places[0] // RESULTS) <= 1.2 * places[0]  # of four results some may be of no use
-    return whole and samples * math.prod(places) >= _PLACES and min(features, out) >= _FEATURES
+    count = samples * math.prod(places)
+    enough = count >= _PLACES and count * math.prod(taps) * features * out >= _MULTIPLICATIONS
+    return whole and enough and min(features, out) >= _FEATURES
 
 
 @functools.cache

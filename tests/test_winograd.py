@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import jaxlrp
-from jaxlrp import winograd
+from jaxlrp import convolutions, winograd
 
 EPSILON = float(np.finfo(np.float32).eps)
 LAYOUTS = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NHWDC", "HWDIO", "NHWDC")}
@@ -73,18 +73,21 @@ def test_sums_of_one_sign_lose_little(sign):
 @pytest.mark.parametrize(
     ("samples", "places", "features", "out", "pays"),
     [
-        (1, (28, 28), 64, 64, True),
-        (1, (28, 28), 63, 64, False),
-        (1, (28, 28), 64, 63, False),
-        (1, (22, 22), 64, 64, False),
-        (2, (22, 22), 64, 64, True),
-        (8, (1, 512), 128, 128, False),  # of each four results three would be of no use
-        (32, (5, 5), 128, 128, False),
-        (32, (7, 7), 128, 128, True),
+        (1, (224, 224), 64, 64, True),
+        (1, (160, 160), 64, 64, False),  # too few multiplications
+        (8, (160, 160), 63, 64, False),
+        (8, (160, 160), 64, 63, False),
+        (1, (22, 22), 1024, 1024, False),
+        (2, (22, 22), 1024, 1024, True),
+        (1, (22, 22, 22), 256, 256, True),
+        (8, (1, 512), 1024, 1024, False),  # of each four results three would be of no use
+        (32, (5, 5), 1024, 1024, False),
+        (32, (7, 7), 1024, 1024, True),
     ],
 )
 def test_large_layers_with_many_places_pay(samples, places, features, out, pays):
-    assert winograd.pays(samples, places, features, out) is pays
+    taps = [3, *(3 for _ in places[1:])]
+    assert winograd.pays(samples, places, taps, features, out) is pays
 
 
 def test_nan_stays():
@@ -95,6 +98,15 @@ def test_nan_stays():
 
 
 # -- who gets them ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with few multiplications as well, or tests would take long."""
+    monkeypatch.setattr(winograd, "_MULTIPLICATIONS", 0)
+
+
+uses_small = pytest.mark.usefixtures("small_pays")
 
 
 class Net(nn.Module):
@@ -130,102 +142,169 @@ def explainer(name: str, precision: Any = None) -> Any:
     return jaxlrp.lrp(Net(precision), COMPOSITES[name], target=1)
 
 
-def convolutions(explain: Any, *args: Any, platform: str = "cpu", precision: str | None = None) -> int:
+def count(explain: Any, *args: Any, platform: str = "cpu", precision: str | None = None) -> int:
     """How many, before XLA sees them."""
     with jax.default_matmul_precision(precision):
         text = jax.jit(explain).trace(*args).lower(lowering_platforms=(platform,)).as_text()
     return len(re.findall(r"stablehlo\.convolution", text))
 
 
+def in_double(explain: Any, *args: Any) -> np.ndarray:
+    with jax.enable_x64(True):
+        return np.asarray(jax.jit(explain)(*jax.tree.map(lambda a: a.astype(jnp.float64), args)))
+
+
+@uses_small
 @every_composite
 def test_relevance_is_close(name):
     params, x = prepared()
     explain = explainer(name)
     with jax.default_matmul_precision("tensorfloat32"):
         got = np.asarray(jax.jit(explain)(params, x))
-    with jax.enable_x64(True):
-        want = np.asarray(jax.jit(explain)(*jax.tree.map(lambda a: a.astype(jnp.float64), (params, x))))
+    want = in_double(explain, params, x)
     # where a relu's input is about zero, float32 has another sign
     np.testing.assert_allclose(np.median(np.abs(got - want)), 0.0, atol=1e-6 * np.abs(want).max())
     np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
 
 
+@uses_small
 @pytest.mark.parametrize(
-    ("name", "runs"), [("plus", 2), ("gamma", 2), ("alpha-beta", 1), ("epsilon", 1), ("without bias", 0)]
+    ("name", "runs", "known"),
+    [("plus", 3, 0), ("gamma", 3, 0), ("alpha-beta", 2, 0), ("epsilon", 2, 0), ("without bias", 1, 1)],
 )
-def test_six_convolutions_stand_for_one_where_that_is_allowed(name, runs):
+def test_six_convolutions_stand_for_one_where_that_is_allowed(name, runs, known):
     """Two layers have at least 64 features on both sides and no strides.
 
-    Rules run each once more for positive contributions, and back; for negative ones in full.
+    The model runs each; rules run it once more for positive contributions, and back; for negative ones in full, and for
+    the sum of all that is known from the model not at all.
     """
     args = prepared()
-    plain = convolutions(explainer(name), *args)
+    plain = count(explainer(name), *args)
     for precision in ("tensorfloat32", "high", "bfloat16", "default"):
-        assert convolutions(explainer(name), *args, precision=precision) == plain + 5 * 2 * runs
-    assert convolutions(explainer(name, jax.lax.Precision.HIGH), *args) == plain + 5 * 2 * runs
+        assert count(explainer(name), *args, precision=precision) == plain + 2 * (5 * runs - known)
+    assert count(explainer(name, jax.lax.Precision.HIGH), *args) == plain + 2 * (5 * runs - known)
     for precision in ("highest", "float32"):
-        assert convolutions(explainer(name), *args, precision=precision) == plain
+        assert count(explainer(name), *args, precision=precision) == plain
 
 
-def beside_bright_ones(rule: Any, dim: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Relevance that comes to rows which are darker than others, with coarse products and in full.
+def beside_bright_ones(dim: float, scale: float) -> tuple[Any, Any, Any]:
+    """A convolution whose results are all added up, its input and its kernel.
 
-    Results for them drown in those of their neighbours, and something divides by them.
+    Some rows are darker than others and count for more, so that as much relevance comes to them.
     """
     rng = np.random.default_rng(0)
     brightness = scale * np.where(np.arange(33) % 11 < 5, dim, 1.0)[:, None, None]
     x = jnp.asarray(brightness * np.maximum(rng.normal(size=(33, 17, 64)), 0.0), jnp.float32)[None]
     kernel = jnp.asarray(rng.normal(size=(3, 3, 64, 64)) / 24, jnp.float32)
     inner = np.isin(np.arange(33) % 11, (1, 2, 3))[:, None, None]  # a filter there sees no bright row
-    head = jnp.broadcast_to(jnp.asarray(np.where(inner, 1 / (scale * dim), 1e-3 / scale), jnp.float32), x.shape)
+    head = np.broadcast_to(np.where(inner, 1 / (scale * dim), 1e-3 / scale), x.shape)
 
-    def run(x):
+    def run(kernel, x):
         z = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUTS[2])
-        return jnp.tensordot(nn.relu(z), head, 4)
+        return jnp.tensordot(nn.relu(z), jnp.asarray(head, z.dtype), 4)
 
-    explain = jaxlrp.lrp(run, jaxlrp.Composite((jaxlrp.kind("linear"), rule)))
-    full = np.asarray(jax.jit(explain)(x))
+    return run, kernel, x
+
+
+def coarse_and_full(rule: Any, dim: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    run, *args = beside_bright_ones(dim, scale)
+    explain = jaxlrp.lrp(run, jaxlrp.Composite((jaxlrp.kind("linear"), rule)), argnums=1)
+    full = np.asarray(jax.jit(explain)(*args))
     with jax.default_matmul_precision("tensorfloat32"):
-        coarse = np.asarray(jax.jit(explain)(x))
+        coarse = np.asarray(jax.jit(explain)(*args))
     assert not np.array_equal(coarse, full)
     return coarse, full
 
 
+@pytest.fixture
+def model_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To see what becomes of rules' own products alone."""
+    full = lambda primitive, params, *values: primitive.bind(*values, **params)  # noqa: E731
+    monkeypatch.setattr(convolutions, "forward", full)
+
+
+RULES = (jaxlrp.ZPlus(), jaxlrp.Gamma(0.25), jaxlrp.AlphaBeta(2.0, 1.0), jaxlrp.Epsilon(1e-12))
+every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+
+
+@pytest.mark.usefixtures("small_pays", "model_in_full")
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-@pytest.mark.parametrize(
-    "rule", [jaxlrp.ZPlus(), jaxlrp.Gamma(0.25), jaxlrp.AlphaBeta(2.0, 1.0), jaxlrp.Epsilon(1e-12)], ids=repr
-)
-def test_relevance_of_dim_places(rule, scale):
-    coarse, full = beside_bright_ones(rule, 1e-4, scale)
+@every_rule
+def test_rules_hand_relevance_of_dim_places_back(rule, scale):
+    """Sums for them drown in those of their neighbours, and something divides by them."""
+    coarse, full = coarse_and_full(rule, 1e-4, scale)
     np.testing.assert_allclose(coarse, full, atol=5e-3 * np.abs(full).max())
     np.testing.assert_allclose(coarse.sum(), full.sum(), rtol=1e-3)
 
 
+@pytest.mark.usefixtures("small_pays", "model_in_full")
 @pytest.mark.parametrize(("rule", "most"), [(jaxlrp.ZPlus(), 4.0), (jaxlrp.Gamma(0.25), 2.5)], ids=repr)
 def test_relevance_does_not_explode_where_denominators_are_rounding(rule, most):
     """They are known to be at least the output, which is exact."""
-    coarse, full = beside_bright_ones(rule, 1e-7, 1e4)
+    coarse, full = coarse_and_full(rule, 1e-7, 1e4)
     assert np.abs(coarse).sum() < most * np.abs(full).sum()
 
 
+@uses_small
+@every_rule
+def test_relevance_does_not_explode_where_outputs_are_rounding(rule):
+    """The model itself has noise there, whose relevance is in proportion to it."""
+    for scale in (1.0, 1e4):
+        coarse, full = coarse_and_full(rule, 1e-7, scale)
+        assert np.abs(coarse).sum() < 5 * np.abs(full).sum()
+
+
+def in_tf32(a: jax.Array) -> np.ndarray:
+    """Rounded to 10 bits behind the point."""
+    bits = np.asarray(a).view(np.uint32)
+    return ((bits + np.uint32(0x0FFF) + ((bits >> 13) & np.uint32(1))) & ~np.uint32(0x1FFF)).view(np.float32)
+
+
+@uses_small
+@pytest.mark.parametrize("dim", [1.0, 1e-2, 2e-3])
+@every_rule
+def test_no_worse_than_in_tf32(rule, dim):
+    """What a user allows, in whole programs, while neighbours are not much brighter than hundreds of times."""
+    run, *args = beside_bright_ones(dim, 1.0)
+    explain = jaxlrp.lrp(run, jaxlrp.Composite((jaxlrp.kind("linear"), rule)), argnums=1)
+    with jax.default_matmul_precision("tensorfloat32"):
+        coarse = np.asarray(jax.jit(explain)(*args))
+    want, rounded = in_double(explain, *args), in_double(explain, *map(in_tf32, args))
+    assert np.linalg.norm(coarse - want) < np.linalg.norm(rounded - want)
+
+
+@uses_small
 @every_composite
 def test_other_devices_convolve_in_their_own_way(name):
     args = prepared()
-    plain = convolutions(explainer(name), *args)
-    assert convolutions(explainer(name), *args, platform="cuda", precision="tensorfloat32") == plain
-    assert convolutions(explainer(name), *args, platform="tpu", precision="tensorfloat32") == plain
+    plain = count(explainer(name), *args) - 2 * (name == "without bias")  # whose sums are known
+    assert count(explainer(name), *args, platform="cuda", precision="tensorfloat32") == plain
+    assert count(explainer(name), *args, platform="tpu", precision="tensorfloat32") == plain
 
 
+@uses_small
 def test_small_layers_and_double_precision_stay_as_they_are():
     small = prepared(side=8)
-    assert convolutions(explainer("plus"), *small, precision="high") == convolutions(explainer("plus"), *small)
+    assert count(explainer("plus"), *small, precision="high") == count(explainer("plus"), *small)
     with jax.enable_x64(True):
         double = prepared(dtype=jnp.float64)
-        assert convolutions(explainer("plus"), *double, precision="high") == convolutions(explainer("plus"), *double)
+        assert count(explainer("plus"), *double, precision="high") == count(explainer("plus"), *double)
 
 
-def test_the_models_own_output_stays_as_it_is():
+@uses_small
+def test_the_models_own_output_is_as_close_as_in_full():
     params, x = prepared()
+    both = jaxlrp.value_and_lrp(Net(), COMPOSITES["plus"], target=1)
+    with jax.default_matmul_precision("tensorfloat32"):
+        coarse = np.asarray(jax.jit(both)(params, x)[0])
+    want = in_double(lambda *args: both(*args)[0], params, x)
+    assert not np.array_equal(coarse, np.asarray(jax.jit(both)(params, x)[0]))
+    np.testing.assert_allclose(coarse, want, atol=20 * EPSILON * np.abs(want).max())
+
+
+@uses_small
+def test_in_16_bits_the_model_stays_as_it_is():
+    params, x = prepared(dtype=jnp.bfloat16)
     both = jaxlrp.value_and_lrp(Net(), COMPOSITES["plus"], target=1)
     plain, _ = jax.jit(both)(params, x)
     with jax.default_matmul_precision("tensorfloat32"):
@@ -233,6 +312,7 @@ def test_the_models_own_output_stays_as_it_is():
     np.testing.assert_array_equal(coarse, plain)
 
 
+@uses_small
 def test_composes_with_vmap_grad_and_scan():
     params, x = prepared()
     explain = explainer("gamma")

@@ -197,8 +197,10 @@ class SplitRule(Rule, kw_only=True):
                 bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
                 # z is known from the forward pass; XLA then drops the second run of the layer
                 sums = z if linear.exact and is_one(p) and is_one(n) else sums + bias
-            elif linear.bias is None and linear.exact and is_one(p) and is_one(n):
-                sums = z
+            elif linear.exact and is_one(p) and is_one(n) and (linear.bias is None or linear.coarse is not None):
+                # Where the model rounded coarsely, a sum that cancels must have been rounded the same way: relevance
+                # that is about as small as the one would be divided by another.
+                sums = z if linear.bias is None else z - linear.bias
             if at_least_z and sums is not z and linear.coarse is not None:
                 sums = jnp.maximum(sums, z)
             stabilised = self._stab(sums, linear)
