@@ -43,7 +43,7 @@ LAYERS = [
     ("VGG16, coarse", 4, 56, 3, 1, 256, 256, False, True),
     ("VGG16, coarse", 4, 28, 3, 1, 512, 512, False, True),
     ("VGG16, coarse", 4, 14, 3, 1, 512, 512, False, True),
-    ("ResNet50, coarse", 8, 14, 3, 1, 256, 256, False, True),
+    ("ResNet50, coarse", 16, 14, 3, 1, 256, 256, False, True),
 ]
 
 

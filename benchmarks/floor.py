@@ -10,8 +10,8 @@ be one: about the least that a choice among these leaves. Operations per second 
 matrix products in the same run, which is about the most that the processor can do. (XLA counts elementwise operations
 too; they are many where depthwise layers are sums of shifts, as on EfficientNet.) All run on one core, so that no two
 operations run at the same time and their sum is the whole, and keep temporary memory between calls (malloc.py). In
-rows called coarse, products of rules may be as coarse as in TF32 (speed.py); what it takes to prepare six small
-convolutions for one, and to put their results together, counts as other. With --top, the slowest operations that are no
+rows called coarse, products may be as coarse as in TF32 (speed.py); what it takes to prepare six small convolutions for
+one, and to put their results together, counts as other. With --top, the slowest operations that are no
 products are listed as well.
 """
 
@@ -190,11 +190,10 @@ def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> 
     programs = {}
     for method in list(functions):
         programs[method] = compiled(functions[method], case.params, case.x)
-        if method in case.coarse:
-            coarse = f"{method}, coarse"
-            functions[coarse] = functions[method]
-            with jax.default_matmul_precision(COARSE):
-                programs[coarse] = compiled(functions[method], case.params, case.x)
+        with jax.default_matmul_precision(COARSE):
+            coarse = compiled(functions[method], case.params, case.x)
+        if coarse.products != programs[method].products:
+            functions[f"{method}, coarse"], programs[f"{method}, coarse"] = functions[method], coarse
     whole: dict[str, list[float]] = collections.defaultdict(list)
     parts: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     squares, of_squares = square_products(), []  # seconds

@@ -40,7 +40,7 @@ class Peer:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.result = folder / f"{name}_{method}.npy"
         about = self._answer()
-        self.layout: str = about["layout"]
+        self.settings: list[str] = about["settings"]  # those that may be the fastest
         self.versions: dict[str, str] = about["versions"]
 
     def __enter__(self) -> Peer:
@@ -49,9 +49,9 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self.process.communicate()  # its input ends, and so does it
 
-    def seconds(self) -> float:
+    def seconds(self, setting: str) -> float:
         """Run once."""
-        return self._ask(do="run")["seconds"]
+        return self._ask(do="run", setting=setting)["seconds"]
 
     def array(self) -> np.ndarray:
         """The relevance, that of images with channels last."""

@@ -1,12 +1,14 @@
 """The other side of peers.py: one network and one method of one torch library, driven by JSON lines.
 
 peers.py starts this with the Python where torch is installed. It answers a first line about itself when it is ready,
-then one line to every command: ``{"do": "run"}`` with the seconds of one explanation, ``{"do": "save", "path": ...}``
-after it has written the relevance as .npy. It ends when its input does.
+then one line to every command: ``{"do": "run", "setting": ...}`` with the seconds of one explanation, ``{"do": "save",
+"path": ...}`` after it has written the relevance as .npy. It ends when its input does.
 
 A library is given its best settings: hooks are registered and BatchNorm is merged once, outside of what is timed;
-parameters need no gradient, so that no graph is kept for them; denormal numbers are flushed to zero, as XLA does; of
-the two memory layouts of images the faster one is taken. Settings of malloc come with the environment.
+parameters need no gradient, so that no graph is kept for them; denormal numbers are flushed to zero, as XLA does.
+Images may lie in either memory layout, and torch may be allowed products in bfloat16, where that changes relevance by
+less than 1e-4: whatever takes at most a tenth longer than the fastest is offered. Settings of malloc come with the
+environment.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ from torch import Tensor, nn
 
 Explain = Callable[[], Tensor]
 TARGET = 1
+SAME = 1e-4  # relevance to which a setting may change it, in norm
+NEAR = 1.1  # times the fastest
 
 
 def import_torchvision() -> Any:
@@ -164,31 +168,50 @@ METHODS = {"output": output, "gradient": gradient, "zennit": zennit, "captum": c
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(explain: Explain) -> float:
-    """Of one explanation."""
-    start = time.perf_counter()
-    explain()
-    return time.perf_counter() - start
+class Setting(NamedTuple):
+    """A way to run a method."""
+
+    explain: Explain
+    precision: str  # of products in float32
+
+    def run(self) -> Tensor:
+        """Explain."""
+        for products in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):
+            products.fp32_precision = self.precision
+        return self.explain()
+
+    def seconds(self) -> float:
+        """Of one explanation."""
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Explain, str]:
-    """The method, warm, in the faster memory layout."""
+def prepare(arguments: argparse.Namespace) -> dict[str, Setting]:
+    """The method, warm, in the settings that may be the fastest; the plain one alone if nothing is timed."""
     formats = {"contiguous": torch.contiguous_format}
     if arguments.network in ("vgg16", "resnet50") and arguments.timed:
         formats["channels last"] = torch.channels_last
-    explains: dict[str, Explain] = {}
+    settings: dict[str, Setting] = {}
     for name, memory_format in formats.items():
         module, x = load(arguments)
         module, x = module.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
-        explains[name] = METHODS[arguments.peer](module, x, arguments.network, arguments.method)
-    tried: dict[str, list[float]] = {name: [] for name in explains}
-    for round_ in range(4 * arguments.timed):  # in turn; the first warms up
-        for name, explain in explains.items():
-            found = seconds(explain)
+        explain = METHODS[arguments.peer](module, x, arguments.network, arguments.method)
+        settings[name] = plain = Setting(explain, "none")
+        if arguments.timed:
+            coarse, relevance = Setting(explain, "bf16"), plain.run()
+            if (coarse.run() - relevance).norm() < SAME * relevance.norm():
+                settings[f"{name}, bfloat16"] = coarse
+    if not arguments.timed:
+        return settings
+    tried: dict[str, list[float]] = {name: [] for name in settings}
+    for round_ in range(4):  # in turn; the first warms up
+        for name, setting in settings.items():
+            found = setting.seconds()
             if round_:
                 tried[name].append(found)
-    best = min(explains, key=lambda name: statistics.median(tried[name] or [0.0]))
-    return explains[best], best
+    took = {name: statistics.median(found) for name, found in tried.items()}
+    return {name: setting for name, setting in settings.items() if took[name] <= NEAR * min(took.values())}
 
 
 def main() -> None:
@@ -199,7 +222,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="{}", help="JSON, for networks that come in sizes")
     parser.add_argument("--peer", required=True, choices=METHODS)
     parser.add_argument("--method", default="")
-    parser.add_argument("--timed", action="store_true", help="warm up, and choose the faster memory layout")
+    parser.add_argument("--timed", action="store_true", help="warm up, and find the fastest settings")
     parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
@@ -213,20 +236,21 @@ def main() -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(arguments.threads)
     try:
-        explain, layout = prepare(arguments)
+        settings = prepare(arguments)
     except Exception as error:
         answer(error=f"{type(error).__name__}: {error}")
         return
     libraries = {"torch", "transformers" if arguments.network == "llama" else "torchvision"}
     libraries |= {arguments.peer} - {"output", "gradient"}
-    answer(layout=layout, versions={name: importlib.metadata.version(name) for name in sorted(libraries)})
+    answer(settings=list(settings), versions={name: importlib.metadata.version(name) for name in sorted(libraries)})
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "save":
-            np.save(command["path"], explain().detach().contiguous().numpy())
+            plain = Setting(next(iter(settings.values())).explain, "none")
+            np.save(command["path"], plain.run().detach().contiguous().numpy())
             answer(saved=command["path"])
         else:
-            answer(seconds=seconds(explain))
+            answer(seconds=settings[command["setting"]].seconds())
 
 
 if __name__ == "__main__":
