@@ -18,7 +18,7 @@ handed back through several kernels is one to all their features. Images have 3,
 `stack` says along which axes to put inputs and kernels together.
 
 **Three taps.** Where a user lets products be no better than in TF32, `winograd` takes half of the multiplications. This
-alone is for the model's own forward pass as well.
+alone is for the model's own forward pass as well, behind relus.
 
 **One place each.** A 1 × 1 kernel without strides or padding is a matrix product over the features. XLA's convolutions
 of few places and many features take up to half as long again.
@@ -36,6 +36,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _compat, winograd
@@ -49,8 +50,7 @@ _MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
 def forward(primitive: Any, params: Mapping[str, Any], x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A convolution of the model, as it is or with half of the multiplications."""
     convolution = Convolution(params, x.shape, kernel.shape)
-    made = params["preferred_element_type"] or x.dtype
-    if convolution.halves and x.dtype == kernel.dtype == made == jnp.float32:
+    if convolution.halves:
         return convolution.apply_halved(x, kernel)
     return _compat.bind(primitive, params, x, kernel)[0]
 
@@ -102,6 +102,7 @@ class Convolution:
         self.halves = (
             ungrouped
             and dense
+            and self.how["preferred_element_type"] in (None, np.float32)
             and self.taps[:1] == [winograd.TAPS]
             and winograd.asked(params["precision"])
             and winograd.pays(image[numbers.lhs_spec[0]], sizes, self.taps, self.features, out)

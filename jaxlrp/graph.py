@@ -92,9 +92,6 @@ class Equation:
             return
         if wide:
             values, params = _widened(values, params)
-        elif self.primitive in _primitives.CONV:
-            env[self.outputs[0]] = convolutions.forward(self.primitive, params, *values)
-            return
         env.update(zip(self.outputs, _compat.bind(self.primitive, params, *values), strict=True))
 
     def describe(self) -> str:
@@ -197,15 +194,26 @@ class Program:
         """The part of the program that these outputs need (not running averages that the caller throws away)."""
         return Program(_live(self.equations, outputs), self.inputs, tuple(outputs))
 
-    def evaluate(self, args: Sequence[Any], wide: bool = False, once: Collection[Value] = ()) -> Env:
+    def evaluate(
+        self,
+        args: Sequence[Any],
+        wide: bool = False,
+        once: Collection[Value] = (),
+        coarse: Collection[Equation] = (),
+    ) -> Env:
         """Run the program and keep every value. XLA drops those that nobody reads.
 
         Those in ``once`` XLA is to compute once. It fuses sums into all that reads them, so that a residual stream
-        would be added up from its beginning by each of its readers.
+        would be added up from its beginning by each of its readers. Convolutions in ``coarse`` may be computed with
+        errors relative to the largest of neighbouring results, if users allow it.
         """
         env: Env = dict(zip(self.inputs, args, strict=True))
         for equation in self.equations:
-            equation.run(env, wide)
+            if equation in coarse:
+                values = (read(env, v) for v in equation.inputs)
+                env[equation.outputs[0]] = convolutions.forward(equation.primitive, equation.params, *values)
+            else:
+                equation.run(env, wide)
             env.update({v: jax.lax.optimization_barrier(env[v]) for v in equation.outputs if v in once})
         return env
 

@@ -101,6 +101,26 @@ def summands(
     return found
 
 
+def coarse_convolutions(program: Program, assignments: Assignments, positive: frozenset[Value]) -> frozenset[Equation]:
+    """Convolutions of the model whose results may have errors relative to the largest of their neighbours.
+
+    A result that is 0 may then be a small number of either sign. A relu makes no more of that than such a number; a
+    root or a quotient would, so nothing but relus may read it. And relevance must come in proportion to it, to a rule
+    that divides by nothing smaller.
+    """
+    relus = {e for a in assignments if a.layer.rectifies for e in a.layer.equations}
+    found: set[Equation] = set()
+    for layer, rule in ((a.layer, a.rule) for a in assignments):
+        core = layer.linear.core if layer.linear is not None and layer.linear.convolves else None
+        if core is None or not positive.issuperset(layer.outputs) or not _normalises(rule):
+            continue
+        made = {v for e in layer.equations for v in e.outputs}
+        inside = {*layer.equations, *relus}
+        if made.isdisjoint(program.outputs) and all(inside.issuperset(program.consumers.get(v, ())) for v in made):
+            found.add(core)
+    return frozenset(found)
+
+
 def _read_once(program: Program, value: Value) -> bool:
     return len(program.consumers.get(value, ())) == 1 and value not in program.outputs
 

@@ -14,9 +14,9 @@ axis of places: a convolution becomes six, each of a quarter of the places and a
 would be more values in between and larger errors.
 
 **What is lost.** Each result is a difference of sums over all six inputs, so its error is relative to the largest of
-them. A result that in truth is far smaller than its neighbours drowns in it. The model's own outputs do with that: what
-comes after them, relevance too, is that of a model which rounded so. Rules, which divide by results of their own, use
-it only where nothing depends on such small ones, see `LinearMap.coarsely`.
+them. A result that in truth is far smaller than its neighbours drowns in it, and one that is 0 may become a number of
+either sign. So this is done only where nothing depends on such results: in the model behind relus, see
+`support.coarse_convolutions`, and in rules as `LinearMap.coarsely` says.
 """
 
 from __future__ import annotations

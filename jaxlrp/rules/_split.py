@@ -197,16 +197,14 @@ class SplitRule(Rule, kw_only=True):
                 bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
                 # z is known from the forward pass; XLA then drops the second run of the layer
                 sums = z if linear.exact and is_one(p) and is_one(n) else sums + bias
-            elif linear.exact and is_one(p) and is_one(n) and (linear.bias is None or linear.coarse is not None):
-                # Where the model rounded coarsely, a sum that cancels must have been rounded the same way: relevance
-                # that is about as small as the one would be divided by another.
-                sums = z if linear.bias is None else z - linear.bias
+            elif linear.bias is None and linear.exact and is_one(p) and is_one(n):
+                sums = z
             if at_least_z and sums is not z and linear.coarse is not None:
                 sums = jnp.maximum(sums, z)
             stabilised = self._stab(sums, linear)
             whole = share is relevance and sums is z
             coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
-            yield Flow(share, p, n, coefficient, sums, bias, at_least_z or sums is z)
+            yield Flow(share, p, n, coefficient, sums, bias, at_least_z or (sums is z and linear.positive))
 
     def _where_it_comes(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> LinearMap:
         """With ``z`` as it is where relevance comes, unless a denominator depends on ``z`` at other places too.
