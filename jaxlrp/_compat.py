@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.core
 from jax import lax
+from jax._src.custom_batching import custom_vmap_p  # nowhere public
 from jax.extend import core as _core
 from jax.extend.core import primitives as _primitives
 
@@ -40,6 +41,7 @@ _INLINED = {
     primitive("closed_call_p"): "call_jaxpr",
     primitive("call_p"): "call_jaxpr",
     primitive("remat_p"): "jaxpr",
+    custom_vmap_p: "call",
 }
 REMAT = primitives("remat")
 SCATTER_ADD = primitives("scatter_add")

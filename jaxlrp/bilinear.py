@@ -7,6 +7,7 @@ operand and have it packed into panels first, which for a few rows takes longer 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Bilinear(NamedTuple):
     coarse: tuple[Apply, Transpose] | None = None  # both, faster and coarser, where that is allowed
     stack: tuple[int, int] | None = None  # see `LinearMap`
     product: bool = False
+    rows: int = 0  # how many numbers every weight is multiplied with
 
 
 def bilinear(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
@@ -48,6 +50,7 @@ def bilinear(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
 def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
     """Matrix products and convolutions: one operand is the input, the other the weight."""
     side = 0 if eqn.inputs[0].depends else 1
+    rows = _rows(eqn, side)
     weight = widen(read(env, eqn.inputs[1 - side]))
     params = dict(eqn.params)
     if params.get("preferred_element_type") is not None:
@@ -59,9 +62,9 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
         return _compat.bind(eqn.primitive, params, *operands)[0]
 
     if eqn.primitive in P.DOT:
-        return Bilinear((weight,), apply, transpose=_of_few_rows(eqn, params, side), product=True)
+        return Bilinear((weight,), apply, transpose=_of_few_rows(eqn, params, side), product=True, rows=rows)
     if side == 1:
-        return Bilinear((weight,), apply, product=True)
+        return Bilinear((weight,), apply, product=True, rows=rows)
     convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
     coarse = (
         lambda x, w: convolution.apply_halved(*_promoted(x[0], w[0])),
@@ -74,7 +77,21 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
         coarse=coarse if convolution.halves else None,
         stack=convolution.stack,
         product=not convolution.depthwise,
+        rows=rows,
     )
+
+
+def _rows(eqn: Equation, side: int) -> int:
+    """How many numbers of the input (operand number ``side``) every weight is multiplied with."""
+    (out,), weight = eqn.outputs, eqn.inputs[1 - side]
+    if eqn.primitive in P.DOT:
+        contracting, _ = eqn.params["dimension_numbers"]
+        each = math.prod(weight.shape[axis] for axis in contracting[1 - side])
+    else:
+        kernel, spec = eqn.inputs[1].shape, eqn.params["dimension_numbers"].rhs_spec
+        each = math.prod(kernel) // kernel[spec[0]]
+    rows = math.prod(out.shape) * each // max(math.prod(weight.shape), 1)
+    return rows if isinstance(rows, int) else sys.maxsize  # of an exported program, for any number of samples
 
 
 def _of_few_rows(eqn: Equation, params: Mapping[str, Any], side: int) -> Transpose | None:

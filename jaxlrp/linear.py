@@ -47,6 +47,7 @@ class LinearMap:
             ``max(z, 0)``); or None.
         stack: the axes along which several ``x`` and ``w`` may be put together, where that is faster; or None.
         product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
+        rows: of such a product that is not transposed by jax, how many numbers every weight is multiplied with; else 0.
         coarse: ``apply`` and ``transpose``, faster and coarser, where users allow that; or None.
     """
 
@@ -62,6 +63,7 @@ class LinearMap:
     stand_in: jax.Array | None = None
     stack: tuple[int, int] | None = None
     product: bool = False
+    rows: int = 0
     coarse: tuple[Apply, Transpose] | None = None
     exact: bool = True
 
@@ -88,11 +90,18 @@ class LinearMap:
 
     def transpose_all(self, weights: Sequence[Arrays], s: jax.Array) -> list[Arrays]:
         """``fᵀ`` of one ``s`` with each of several weights."""
-        if self.stack is None or len(weights) == 1:
-            return [self.transpose(w, s) for w in weights]
-        of_x, of_w = self.stack
-        (back,) = self.transpose((jnp.concatenate([w for (w,) in weights], of_w),), s)
-        return [(part,) for part in jnp.split(back, len(weights), of_x)]
+        return transpose_all(self.transpose, self.stack, weights, s)
+
+
+def transpose_all(
+    transpose: Transpose, stack: tuple[int, int] | None, weights: Sequence[Arrays], s: jax.Array
+) -> list[Arrays]:
+    """What `LinearMap.transpose_all` does, for those who must not hold its numbers."""
+    if stack is None or len(weights) == 1:
+        return [transpose(w, s) for w in weights]
+    of_x, of_w = stack
+    (back,) = transpose((jnp.concatenate([w for (w,) in weights], of_w),), s)
+    return [(part,) for part in jnp.split(back, len(weights), of_x)]
 
 
 class OneChannel(NamedTuple):
@@ -168,6 +177,7 @@ class LinearSpec:
             stand_in=stand_in,
             stack=core.stack,
             product=core.product,
+            rows=core.rows if core.product and core.transpose is not None else 0,
             coarse=coarse,
         )
 

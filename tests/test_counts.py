@@ -129,18 +129,25 @@ def test_attnlrp_costs_what_the_gradient_costs(composite):
     assert products(relevance(model, jaxlrp.CPLRP()), params, x) < found  # nothing passes to queries and keys
 
 
-def test_a_sweep_of_gammas_shares_all_weights():
+def test_a_sweep_of_gammas_shares_all_weights_but_those_of_convolutions_back():
     model = ReluNet()
     params, x = prepared(model, (2, 16, 16, 3))
 
-    def explain(gamma):
+    def explain(gamma, params, x):
         return jaxlrp.lrp(model, jaxlrp.Composite.uniform(jaxlrp.Gamma(gamma)))(params, x)
 
-    sweep = jax.jit(jax.vmap(explain)).lower(jnp.array([0.1, 0.25, 1.0])).compile()
-    assert "feature_group_count" not in sweep.as_text()  # a convolution per gamma
-    one = jax.jit(lambda: explain(0.25))()  # a number known to the compiler goes into the weights
+    sweep = jax.vmap(explain, (0, None, None))
+    gammas = jnp.array([0.1, 0.25, 1.0])
+    known = products(lambda *args: explain(0.25, *args), params, x)
+    assert products(explain, gammas[1], params, x) == known
+    # Of the dense layers, whose weights see two rows, one has relevance at outputs of one sign and one of both.
+    assert products(sweep, gammas, params, x) == known + 3
+    assert "feature_group_count" not in jax.jit(sweep).lower(gammas, params, x).compile().as_text()
+    samples = jax.jit(jax.vmap(explain, (None, None, 0))).lower(gammas[1], params, x[:, None]).compile().as_text()
+    assert " while(" not in samples  # weights of one gamma do for all of them
+    one = jax.jit(lambda *args: explain(0.25, *args))(params, x)
     atol = 1e-6 * float(jnp.abs(one).max())
-    assert jnp.allclose(sweep(jnp.array([0.1, 0.25, 1.0]))[1], one, rtol=1e-4, atol=10 * atol)
+    assert jnp.allclose(jax.jit(sweep)(gammas, params, x)[1], one, rtol=1e-4, atol=10 * atol)
 
 
 @pytest.mark.parametrize(

@@ -731,12 +731,70 @@ def test_rules_cross_jit_as_arguments(setting: str) -> None:
     assert off(run(rule, made.x, made.params, made.r), outside) < TOLERANCE
 
 
-def test_a_sweep_over_gamma_is_a_vmap() -> None:
+GAMMAS = np.array([0.0, 0.25, 10.0])
+SWEPT = (
+    *("dense", "dense_tokens", "dense_general_batch", "einsum_weight_first", "conv1d", "conv2d_same", "avg_pool"),
+    *("conv2d_valid_strided", "conv2d_dilated", "conv2d_grouped", "conv2d_depthwise", "conv_transpose"),
+    *("conv2d_batchnorm", "conv3d"),
+)
+
+
+@pytest.mark.parametrize("rows", [1, 10**9], ids=["one by one", "together"])
+@pytest.mark.parametrize("sign", ["mixed", "behind relu"])
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_sweep_over_gamma_is_a_vmap(name: str, sign: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxlrp.rules._sweep._ROWS", rows)
+    made = prepare(name, sign)
+    apart = [explain(Gamma(float(g)), made.fun, made.x, made.params, seed=made.r) for g in GAMMAS]
+    with jax.checking_leaks():
+        swept = jax.jit(jax.vmap(lambda g: explain(Gamma(g), made.fun, made.x, made.params, seed=made.r)))(GAMMAS)
+    assert off(swept, jnp.stack(apart)) < 1e-12
+    if len(made.layers) == 1:
+        for gamma, relevance in zip(GAMMAS, swept, strict=True):
+            assert off(relevance, oracles.relevance(oracles.gamma(gamma), made.layers[0], made.r)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 10**9], ids=["one by one", "together"])
+@pytest.mark.parametrize("name", ["dense", "conv2d_same", "conv2d_valid_strided", "conv2d_depthwise"])
+def test_sweeps_over_gamma_of_samples_and_of_weights(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxlrp.rules._sweep._ROWS", rows)
+    made = prepare(name, "mixed")
+    of = jax.jit(lambda gamma, x, params: explain(Gamma(gamma), made.fun, x, params, seed=made.r))
+    x = made.x * np.array([1.0, -0.5]).reshape(2, *[1] * made.x.ndim)
+    params = jax.tree.map(lambda a: np.stack([a, -2 * a]), made.params)
+    pick = lambda i: jax.tree.map(lambda a: a[i], params)  # noqa: E731
+    want = np.array([[[of(g, a, pick(i)) for a in x] for g in GAMMAS] for i in range(2)])
+    over = {"params": (None, None, 0), "gamma": (0, None, None), "x": (None, 0, None)}
+    for order in ("params", "gamma", "x"), ("x", "gamma", "params"), ("gamma", "x", "params"):
+        run: Any = of
+        for each in reversed(order):
+            run = jax.vmap(run, over[each])
+        axes = [list(over).index(each) for each in order]
+        assert off(run(GAMMAS, x, params), want.transpose(*axes, *range(3, want.ndim))) < 1e-12
+    zipped = jax.vmap(of)(GAMMAS[:2], x, params)
+    assert off(zipped, want[[0, 1], [0, 1], [0, 1]]) < 1e-12
+
+
+def test_every_sample_may_have_a_gamma_of_its_own() -> None:
     made = prepare("dense", "mixed")
-    gammas = np.array([0.0, 0.25, 10.0])
-    swept = jax.vmap(lambda g: explain(Gamma(g), made.fun, made.x, made.params, seed=made.r))(gammas)
-    for gamma, relevance in zip(gammas, swept, strict=True):
-        assert off(relevance, oracles.relevance(oracles.gamma(gamma), made.layers[0], made.r)) < TOLERANCE
+    gammas = np.array([[0.0], [0.25], [10.0]])
+    each = [explain(Gamma(float(g)), made.fun, made.x, made.params, seed=made.r)[i] for i, g in enumerate(gammas[:, 0])]
+    assert off(explain(Gamma(gammas), made.fun, made.x, made.params, seed=made.r), jnp.stack(each)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["dense", "conv2d_same", "conv2d_valid_strided", "conv2d_depthwise"])
+def test_relevance_has_derivatives_by_gamma(name: str) -> None:
+    made = prepare(name, "mixed")
+    of = jax.jit(lambda g, x=made.x: explain(Gamma(g), made.fun, x, made.params, seed=made.r))
+    step = 1e-5
+    slope = (of(0.25 + step) - of(0.25 - step)) / (2 * step)
+    assert off(jax.jacfwd(of)(0.25), slope) < 1e-7
+    assert off(jax.jacrev(of)(0.25), slope) < 1e-7
+    assert off(jax.vmap(jax.jacrev(of))(GAMMAS)[1], slope) < 1e-7
+    assert off(jax.jacrev(jax.vmap(of))(GAMMAS)[1, ..., 1], slope) < 1e-7
+    # by what is explained: as with a gamma that the compiler knows
+    squares = lambda x, g: (explain(Gamma(g), made.fun, x, made.params, seed=made.r) ** 2).sum()  # noqa: E731
+    assert off(jax.jit(jax.grad(squares))(made.x, 0.25), jax.jit(lambda x: jax.grad(squares)(x, 0.25))(made.x)) < 1e-12
 
 
 def test_single_precision_in_single_precision_out() -> None:

@@ -711,3 +711,17 @@ def test_what_is_no_composite() -> None:
     for bad in ("epsilon_plus", 0.25, [Epsilon()]):
         with pytest.raises(TypeError, match="composite must be a Composite, a Rule or None"):
             jaxlrp.lrp(mlp, bad)
+
+
+def test_a_function_with_its_own_batching_rule_is_looked_into(rng: np.random.Generator, x64: None) -> None:
+    params, x = mlp_case(rng)
+
+    @jax.custom_batching.sequential_vmap
+    def inside(x: jax.Array) -> jax.Array:
+        return mlp(params, x)
+
+    explain = jaxlrp.lrp(inside, jaxlrp.EpsilonPlus())
+    close(explain(x), jaxlrp.lrp(mlp, jaxlrp.EpsilonPlus(), argnums=1)(params, x), 1e-12)
+    # so relevance itself may be explained, and has one where gamma is traced
+    relevance = jaxlrp.lrp(lambda x, gamma: jaxlrp.lrp(mlp, jaxlrp.Gamma(gamma), argnums=1)(params, x))
+    assert np.isfinite(relevance(x, jnp.asarray(0.25))).all()

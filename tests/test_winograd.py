@@ -164,9 +164,9 @@ def test_relevance_is_close(name):
     with jax.default_matmul_precision("tensorfloat32"):
         got = np.asarray(jax.jit(explain)(params, x))
     want = in_double(explain, params, x)
-    # where a relu's input is about zero, float32 has another sign
-    np.testing.assert_allclose(np.median(np.abs(got - want)), 0.0, atol=1e-6 * np.abs(want).max())
-    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+    # In norm: where a relu reads about zero, float32 may have another sign. Epsilon divides by what is close to zero.
+    tolerance = 1e-4 if name in ("epsilon", "without bias") else 3e-6
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
 
 @uses_small

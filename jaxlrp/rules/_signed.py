@@ -23,7 +23,8 @@ from jax import lax
 from ..graph import wide_dtype
 from ..linear import LinearMap
 from ._base import Arrays, Handed, LayerCall, Losses, at_least_zero, known, stabilise, times, total
-from ._split import Flow, Share, SplitRule, Term, bias_of, is_one, is_static, is_zero, pulled, sums_of
+from ._split import Flow, Share, SplitRule, Term, bias_of, is_one, is_static, is_zero, parts, sums_of
+from ._sweep import transposes
 
 
 class Zero(SplitRule, kw_only=True):
@@ -217,8 +218,6 @@ class Gamma(SplitRule, kw_only=True):
     def _hand(self, linear: LinearMap, flow: Flow) -> list[Term]:
         if is_static(self.gamma) or type(self).shares is not Gamma.shares:
             return super()._hand(linear, flow)
-        # A gamma that is traced may be one of many under vmap: the weights must not be multiplied by it, or every gamma
-        # has a convolution with weights of its own.
         signs = (1.0, 0.0) if is_one(flow.n) else (0.0, 1.0)
-        both, more = (pulled(linear, *pn, flow.coefficient) for pn in ((1.0, 1.0), signs))
-        return both + [(x, tuple(self.gamma * g for g in slopes)) for x, slopes in more]
+        inputs, more = zip(*parts(linear, *signs), strict=True)
+        return list(zip(inputs, transposes(linear, self.gamma, more, flow.coefficient), strict=True))

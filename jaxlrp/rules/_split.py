@@ -174,10 +174,11 @@ class SplitRule(Rule, kw_only=True):
         if new is own:
             return own
         same = new.inputs is own.inputs
-        stack = own.stack if (new.apply, new.transpose) == (own.apply, own.transpose) else None
+        runs_as_before = (new.apply, new.transpose) == (own.apply, own.transpose)
+        stack, rows = (own.stack, own.rows) if runs_as_before else (None, 0)
         positive = own.positive and new.output is own.output
         return dataclasses.replace(
-            new, exact=False, nonnegative=own.nonnegative and same, positive=positive, stack=stack
+            new, exact=False, nonnegative=own.nonnegative and same, positive=positive, stack=stack, rows=rows
         )
 
     def modify(self, linear: LinearMap) -> LinearMap:
@@ -280,12 +281,12 @@ def bias_of(linear: LinearMap) -> jax.Array:
 
 def sums_of(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
     """``Σ_i p c⁺ + n c⁻`` for every output."""
-    return linear.apply_all(_parts(linear, p, n))
+    return linear.apply_all(parts(linear, p, n))
 
 
 def pulled(linear: LinearMap, p: Factor, n: Factor, s: jax.Array) -> list[Term]:
     """``Σ_j (p c⁺_ij + n c⁻_ij) s_j`` for every input, as products of inputs and slopes that are to be added up."""
-    inputs, weights = zip(*_parts(linear, p, n), strict=True)
+    inputs, weights = zip(*parts(linear, p, n), strict=True)
     return list(zip(inputs, linear.transpose_all(weights, s), strict=True))
 
 
@@ -293,7 +294,7 @@ def _added(terms: Sequence[Arrays]) -> Arrays:
     return tuple(functools.reduce(operator.add, each) for each in zip(*terms, strict=True))
 
 
-def _parts(linear: LinearMap, p: Factor, n: Factor) -> list[tuple[Arrays, Arrays]]:
+def parts(linear: LinearMap, p: Factor, n: Factor) -> list[tuple[Arrays, Arrays]]:
     """Inputs and weights whose contributions add up to ``p c⁺ + n c⁻``."""
     x, w = linear.inputs, linear.weights
     if p is n or (is_static(p) and is_static(n) and p == n):
