@@ -50,7 +50,6 @@ def bilinear(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
 def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
     """Matrix products and convolutions: one operand is the input, the other the weight."""
     side = 0 if eqn.inputs[0].depends else 1
-    rows = _rows(eqn, side)
     weight = widen(read(env, eqn.inputs[1 - side]))
     params = dict(eqn.params)
     if params.get("preferred_element_type") is not None:
@@ -62,9 +61,11 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
         return _compat.bind(eqn.primitive, params, *operands)[0]
 
     if eqn.primitive in P.DOT:
-        return Bilinear((weight,), apply, transpose=_of_few_rows(eqn, params, side), product=True, rows=rows)
+        return Bilinear(
+            (weight,), apply, transpose=_of_few_rows(eqn, params, side), product=True, rows=_rows(eqn, side)
+        )
     if side == 1:
-        return Bilinear((weight,), apply, product=True, rows=rows)
+        return Bilinear((weight,), apply, product=True)
     convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
     coarse = (
         lambda x, w: convolution.apply_halved(*_promoted(x[0], w[0])),
@@ -77,20 +78,19 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
         coarse=coarse if convolution.halves else None,
         stack=convolution.stack,
         product=not convolution.depthwise,
-        rows=rows,
+        rows=_rows(eqn, side),
     )
 
 
 def _rows(eqn: Equation, side: int) -> int:
     """How many numbers of the input (operand number ``side``) every weight is multiplied with."""
-    (out,), weight = eqn.outputs, eqn.inputs[1 - side]
+    (out,), weight = eqn.outputs, eqn.inputs[1 - side].shape
     if eqn.primitive in P.DOT:
-        contracting, _ = eqn.params["dimension_numbers"]
-        each = math.prod(weight.shape[axis] for axis in contracting[1 - side])
+        contracted = eqn.params["dimension_numbers"][0][1 - side]
+        columns = math.prod(n for axis, n in enumerate(weight) if axis not in contracted)
     else:
-        kernel, spec = eqn.inputs[1].shape, eqn.params["dimension_numbers"].rhs_spec
-        each = math.prod(kernel) // kernel[spec[0]]
-    rows = math.prod(out.shape) * each // max(math.prod(weight.shape), 1)
+        columns = weight[eqn.params["dimension_numbers"].rhs_spec[0]]
+    rows = math.prod(out.shape) // max(columns, 1)
     return rows if isinstance(rows, int) else sys.maxsize  # of an exported program, for any number of samples
 
 

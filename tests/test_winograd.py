@@ -164,9 +164,12 @@ def test_relevance_is_close(name):
     with jax.default_matmul_precision("tensorfloat32"):
         got = np.asarray(jax.jit(explain)(params, x))
     want = in_double(explain, params, x)
-    # In norm: where a relu reads about zero, float32 may have another sign. Epsilon divides by what is close to zero.
-    tolerance = 1e-4 if name in ("epsilon", "without bias") else 3e-6
-    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+    off, most = np.abs(got - want), np.abs(want).max()
+    np.testing.assert_allclose(np.median(off), 0.0, atol=1e-6 * most)
+    # Where a relu reads about zero, float32 may have another sign: which changes a few values on some processors.
+    assert np.quantile(off, 0.999) <= 2e-4 * most
+    tolerance = 1e-4 if name in ("epsilon", "without bias") else 3e-6  # they divide by what is close to zero
+    assert np.linalg.norm(off) <= tolerance * np.linalg.norm(want)
 
 
 @uses_small
