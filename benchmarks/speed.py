@@ -102,11 +102,13 @@ NETWORKS: dict[str, Callable[[], Case]] = {
 }
 
 
-def compiled(function: Callable[..., Any], *args: Any, precision: str | None = None) -> Measured:
-    """Compile a function for its arguments and ask the program about itself."""
+def compiled(
+    function: Callable[..., Any], *args: Any, precision: str | None = None, options: dict[str, str] | None = None
+) -> Measured:
+    """Compile a function for its arguments, with options of XLA, and ask the program about itself."""
     start = time.perf_counter()
     with jax.default_matmul_precision(precision):
-        program = jax.jit(function).lower(*args).compile()
+        program = jax.jit(function).lower(*args).compile(options)
     seconds = time.perf_counter() - start
     operations = collections.Counter(re.findall(r"= \S+ ([\w-]+)\(", program.as_text()))
     memory = program.memory_analysis().temp_size_in_bytes / 2**20
@@ -126,9 +128,11 @@ def interleaved(programs: Mapping[str, Measured], rounds: int) -> dict[str, floa
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def in_full_and_coarse(function: Callable[..., Any], *args: Any) -> list[Measured]:
+def in_full_and_coarse(
+    function: Callable[..., Any], *args: Any, options: dict[str, str] | None = None
+) -> list[Measured]:
     """Two programs, or one where being allowed coarse products changes nothing."""
-    programs = [compiled(function, *args, precision=precision) for precision in (None, COARSE)]
+    programs = [compiled(function, *args, precision=precision, options=options) for precision in (None, COARSE)]
     return programs if programs[0].products != programs[1].products else programs[:1]
 
 
