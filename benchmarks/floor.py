@@ -39,7 +39,7 @@ if __package__ in (None, ""):  # run as a script
 
 import jaxlrp
 from benchmarks.malloc import keep_memory
-from benchmarks.speed import COARSE, NETWORKS, Case
+from benchmarks.speed import COARSE, NETWORKS, OWN_CONVOLUTIONS, Case
 from jaxlrp import _compat
 from jaxlrp import _primitives as P
 from jaxlrp.convolutions import Convolution
@@ -95,8 +95,6 @@ def compiled(function: Callable[..., Any], *args: Any, **options: str) -> Progra
 
 
 # -- products one by one ----------------------------------------------------------------------------------------------
-
-OWN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}  # not YNNPACK's
 
 
 def traced_products(function: Callable[..., Any], *args: Any) -> list[Equation]:

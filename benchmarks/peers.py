@@ -13,14 +13,14 @@ as full ones, nothing is timed, and the exit status is 1.
 Then all programs run in turn, so that they see the same machine: jax's own input gradient, jaxlrp, torch's own input
 gradient, the peer. Only one computes at a time and has all cores. On both sides temporary memory is kept between calls
 (malloc.py), which made both faster. Printed are medians of time, in float32. In rows called coarse, products of jaxlrp
-may be as coarse as in TF32; the peer is the same. (Torch has such a setting too, which changed not a bit of zennit's
-relevance on a CPU.)
+may be as coarse as in TF32; jax's gradient and the peer are those of the row above. (Torch has such a setting too, but
+on a CPU it changed not a bit of zennit's relevance.)
 
-Which setting is the fastest depends on the network and the processor, so both sides are tried in theirs, gradients too.
-Whatever takes at most a tenth longer than the fastest is run, and the fastest of that counts. Jax has two, convolutions
-by YNNPACK, which is XLA's default, or by XLA itself ("Convolutions on CPUs" in docs/devices.md). Peers have either
-memory layout, with and without torch's setting for products in bfloat16 if relevance is the same to 1e-4 with it
-(peers_torch.py).
+Which setting is the fastest depends on the network and the processor, so some are tried on both sides, for gradients
+too. Those that take at most a tenth longer than the fastest are run, and the fastest of them counts. In jax these are
+XLA's default and YNNPACK for nothing but dots ("Convolutions on CPUs" in docs/devices.md). In torch they are the two
+memory layouts, with and without products in bfloat16 if relevance is the same to 1e-4 in norm with them
+(peers_torch.py); torch.compile is not tried.
 
 The peers are torch libraries. They run in a Python of their own if need be (peers_torch.py, started with
 --peer-python), where
@@ -61,18 +61,16 @@ from benchmarks import networks, peers_weights
 from benchmarks.accuracy import in_double, in_norm, largest
 from benchmarks.malloc import keep_memory
 from benchmarks.peers_process import Peer, PeerError
-from benchmarks.speed import Measured, compiled, in_full_and_coarse, interleaved
+from benchmarks.speed import OWN_CONVOLUTIONS, Measured, compiled, in_full_and_coarse
 from jaxlrp.models.llama import Llama, LlamaConfig
 from jaxlrp.tables import table
 
 TOLERANCE = 1e-4  # of the largest relevance
 TARGET = 1
-NEAR = 1.1  # times the fastest
-PLAIN = "YNNPACK"
-SETTINGS: dict[str, dict[str, str]] = {
-    PLAIN: {},
-    "XLA": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
-}  # who convolves
+NEAR = 1.1  # times the fastest, as in peers_torch.py
+SETTINGS: dict[str, dict[str, str]] = {"default": {}, "YNNPACK for dots alone": OWN_CONVOLUTIONS}
+
+Key = tuple[str, str]  # what is run: "own", "torch", "peer" or a row's composite; and its setting
 
 
 class Case(NamedTuple):
@@ -153,30 +151,27 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def medians(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Of every program's seconds, all of them run in turn; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+def medians(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, float]:
+    """Of all calls' seconds, which take turns; the first round warms up."""
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for round_ in range(rounds + 1):
-        for name, run in programs.items():
+        for key, run in calls.items():
             found = run()
             if round_:
-                seconds[name].append(found)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[key].append(found)
+    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def in_settings(names: Sequence[str], make: Callable[..., Sequence[Measured]], rounds: int) -> dict[str, Measured]:
-    """What is made for options of XLA, as ``name: setting``, in those settings that may be the fastest.
+def fastest(seconds: dict[Key, float], called: str) -> tuple[float, str]:
+    """The least seconds of a program, and its setting."""
+    return min((found, setting) for (name, setting), found in seconds.items() if name == called)
 
-    In the plain one alone if nothing is timed. What is made may be fewer programs than names.
-    """
-    settings = SETTINGS if rounds else {PLAIN: SETTINGS[PLAIN]}
-    made = {setting: make(options=options) for setting, options in settings.items()}
-    kept: dict[str, Measured] = {}
-    for name, *programs in zip(names, *made.values(), strict=False):
-        found = {f"{name}: {setting}": program for setting, program in zip(made, programs, strict=True)}
-        took = interleaved(found, 3) if rounds else dict.fromkeys(found, 0.0)
-        kept |= {key: program for key, program in found.items() if took[key] <= NEAR * min(took.values())}
-    return kept
+
+def near_fastest(programs: dict[Key, Measured]) -> dict[Key, Callable[[], float]]:
+    """Timed calls, in those settings that may be the fastest."""
+    calls = {key: functools.partial(timed, program.call) for key, program in programs.items()}
+    took = medians(calls, 3)
+    return {key: run for key, run in calls.items() if took[key] <= NEAR * fastest(took, key[0])[0]}
 
 
 def compare(single: Any, theirs: np.ndarray, double: tuple[np.ndarray, np.ndarray]) -> list[str]:
@@ -185,20 +180,14 @@ def compare(single: Any, theirs: np.ndarray, double: tuple[np.ndarray, np.ndarra
     return [f"{value:.0e}" for value in (*found, in_norm(single, double[0]), in_norm(theirs, double[1]))]
 
 
-def agree(ours: dict[str, np.ndarray], method: str, double: tuple[np.ndarray, np.ndarray]) -> bool:
+def agree(ours: dict[Key, np.ndarray], method: str, double: tuple[np.ndarray, np.ndarray]) -> bool:
     """Whether relevance is the same in float64, and coarse products are about as near to it as full ones."""
     off = {key: in_norm(single, double[0]) for key, single in ours.items()}
-    full = max(value for key, value in off.items() if key.startswith(f"{method}: "))
-    return largest(*double) < TOLERANCE and all(value <= max(TOLERANCE, 2 * full) for value in off.values())
+    most = {key: np.inf if key[0] == method else max(TOLERANCE, 2 * off[method, key[1]]) for key in ours}
+    return largest(*double) < TOLERANCE and all(off[key] < most[key] for key in ours)  # not if it is NaN
 
 
-def fastest(t: dict[str, float], called: str) -> tuple[float, str]:
-    """The least of the medians of a program, and its setting."""
-    start = f"{called}: "
-    return min((seconds, name.removeprefix(start)) for name, seconds in t.items() if name.startswith(start))
-
-
-def timing(t: dict[str, float], called: str) -> list[str]:
+def timing(t: dict[Key, float], called: str) -> list[str]:
     """Times, ratios and settings, given medians."""
     ms = lambda seconds: f"{1e3 * seconds:.0f} ms"  # noqa: E731
     (own, _), (ours, setting) = fastest(t, "own"), fastest(t, called)
@@ -229,7 +218,11 @@ def measure(
         folder = Path(temporary)
         np.savez(folder / "weights.npz", input=np.asarray(x), **case.tensors)
         case.tensors.clear()
-        own = in_settings(["own"], lambda options: [compiled(gradient, case.params, case.x, options=options)], rounds)
+        gradients: dict[Key, Measured] = {}
+        if rounds:
+            for setting, options in SETTINGS.items():
+                gradients["own", setting] = compiled(gradient, case.params, case.x, options=options)
+        own = near_fastest(gradients)
         start = functools.partial(Peer, python, case.twin, case.sizes, folder)
         with start("output") as twin:
             # not the gradient, which jumps where a relu is near 0
@@ -240,28 +233,28 @@ def measure(
                 if not (library in (peers or [library]) and method in (methods or [method])):
                     continue
                 explain = jaxlrp.lrp(case.run, composite, argnums=1, target=TARGET)
-                names = [method, f"{method}, coarse"]
-                ours = in_settings(names, functools.partial(in_full_and_coarse, explain, case.params, case.x), rounds)
                 try:
                     with start(library, method, double=True) as peer:
                         double = in_double(explain, case.params, case.x), peer.array()
                     with start(library, method, timed=bool(rounds)) as peer:
                         theirs = peer.array()
+                        ours: dict[Key, Measured] = {}
+                        for setting, options in SETTINGS.items():
+                            found = in_full_and_coarse(explain, case.params, case.x, options=options)
+                            ours |= zip(((method, setting), (f"{method}, coarse", setting)), found, strict=False)
                         single = {key: np.asarray(program.call()) for key, program in ours.items()}
                         agrees = agree(single, method, double)
-                        t: dict[str, float] = {}
+                        t: dict[Key, float] = {}
                         if agrees and rounds:
-                            programs = {
-                                key: functools.partial(timed, program.call) for key, program in (own | ours).items()
-                            }
+                            calls = own | near_fastest(ours)
                             for called, process in (("torch", torch_own), ("peer", peer)):
                                 for setting in process.settings:
-                                    programs[f"{called}: {setting}"] = functools.partial(process.seconds, setting)
-                            t = medians(programs, rounds)
-                        for called in dict.fromkeys(key.split(": ")[0] for key in ours):
-                            setting = fastest(t, called)[1] if t else PLAIN
-                            cells = compare(single[f"{called}: {setting}"], theirs, double)
-                            cells += timing(t, called) if t else ["-"] * 9
+                                    calls[called, setting] = functools.partial(process.seconds, setting)
+                            t = medians(calls, rounds)
+                        for called in dict.fromkeys(name for name, _ in ours):
+                            setting = fastest(t, called)[1] if t else next(iter(SETTINGS))
+                            cells = compare(single[called, setting], theirs, double)
+                            cells += timing(t, called) if t else ["-"] * (len(HEAD) - 3 - len(cells))
                             yield Row([name, library, called, *cells], agrees, peer.versions)
                 except PeerError as error:
                     yield f"{name}: {library} {method} is left out: {error}"
@@ -276,16 +269,16 @@ HEAD += [
     "peer",
     "of gradient",
     "peer/jaxlrp",
-    "convolved by",
+    "jaxlrp's setting",
     "peer's setting",
 ]
 
 
 def machine() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores"
+    """The processor's name where the system tells it, and whether it has AVX-512, on which ratios depend."""
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores, with{'' if ' avx512f' in info else 'out'} AVX-512"
 
 
 def main() -> int:
@@ -307,7 +300,7 @@ def main() -> int:
             name, make(), arguments.peer, arguments.composite, arguments.peer_python, arguments.rounds
         ):
             if isinstance(found, Row):
-                print("  ".join(found.cells), file=sys.stderr, flush=True)  # the table takes minutes to be whole
+                print("  ".join(found.cells), file=sys.stderr, flush=True)  # the table takes long to be whole
                 rows.append(found)
             else:
                 notes.append(found)

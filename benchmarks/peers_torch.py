@@ -200,7 +200,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Setting]:
         settings[name] = plain = Setting(explain, "none")
         if arguments.timed:
             coarse, relevance = Setting(explain, "bf16"), plain.run()
-            if (coarse.run() - relevance).norm() < SAME * relevance.norm():
+            if 0 < (coarse.run() - relevance).norm() < SAME * relevance.norm():  # 0 where it multiplies as before
                 settings[f"{name}, bfloat16"] = coarse
     if not arguments.timed:
         return settings

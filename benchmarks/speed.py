@@ -35,6 +35,8 @@ from jaxlrp.models import bert, get_model
 from jaxlrp.tables import table
 
 COARSE = "tensorfloat32"  # a precision of jax.default_matmul_precision
+# Options of XLA by which YNNPACK has nothing but dots, and no convolutions on CPUs: docs/devices.md.
+OWN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 HEAD = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
 OFF = ["off float64", "", "in norm", "coarse", "at most", "coarse"]
 
@@ -108,7 +110,7 @@ def compiled(
     """Compile a function for its arguments, with options of XLA, and ask the program about itself."""
     start = time.perf_counter()
     with jax.default_matmul_precision(precision):
-        program = jax.jit(function).lower(*args).compile(options)
+        program = jax.jit(function).lower(*args).compile(compiler_options=options)
     seconds = time.perf_counter() - start
     operations = collections.Counter(re.findall(r"= \S+ ([\w-]+)\(", program.as_text()))
     memory = program.memory_analysis().temp_size_in_bytes / 2**20
