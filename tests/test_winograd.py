@@ -308,9 +308,11 @@ every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).
 def test_rules_hand_relevance_of_dim_places_back(rule, scale):
     """Sums for them drown in those of their neighbours, and something divides by them."""
     coarse, full = coarse_and_full(rule, 1e-4, scale)
-    # In norm, because the worst of 35904 values is a matter of the processor's order of adding up.
-    assert np.linalg.norm(coarse - full) < 3e-3 * np.linalg.norm(full)
-    np.testing.assert_allclose(coarse, full, atol=1e-2 * np.abs(full).max())
+    off, most = np.abs(coarse - full), np.abs(full).max()
+    assert np.linalg.norm(off) < 3e-3 * np.linalg.norm(full)
+    # Which value is the worst of 35904, and how far it is off, is a matter of the processor's order of adding up.
+    assert np.quantile(off, 0.9999) < 5e-3 * most
+    assert off.max() < 1e-2 * most
     np.testing.assert_allclose(coarse.sum(), full.sum(), rtol=1e-3)
 
 
