@@ -162,6 +162,15 @@ def medians(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, flo
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
+def in_settings(explain: Callable[..., jax.Array], case: Case, method: str) -> dict[Key, Measured]:
+    """Relevance in every setting, with coarse products too where that is another program."""
+    programs: dict[Key, Measured] = {}
+    for setting, options in SETTINGS.items():
+        found = in_full_and_coarse(explain, case.params, case.x, options=options)
+        programs |= zip(((method, setting), (f"{method}, coarse", setting)), found, strict=False)
+    return programs
+
+
 def fastest(seconds: dict[Key, float], called: str) -> tuple[float, str]:
     """The least seconds of a program, and its setting."""
     return min((found, setting) for (name, setting), found in seconds.items() if name == called)
@@ -238,10 +247,7 @@ def measure(
                         double = in_double(explain, case.params, case.x), peer.array()
                     with start(library, method, timed=bool(rounds)) as peer:
                         theirs = peer.array()
-                        ours: dict[Key, Measured] = {}
-                        for setting, options in SETTINGS.items():
-                            found = in_full_and_coarse(explain, case.params, case.x, options=options)
-                            ours |= zip(((method, setting), (f"{method}, coarse", setting)), found, strict=False)
+                        ours = in_settings(explain, case, method)
                         single = {key: np.asarray(program.call()) for key, program in ours.items()}
                         agrees = agree(single, method, double)
                         t: dict[Key, float] = {}
