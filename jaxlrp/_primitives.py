@@ -34,6 +34,8 @@ LOOKUP = primitives("gather", "dynamic_slice")
 CLAMP = primitives("clamp")
 LOG = primitives("log", "log1p", "log2")
 EXP = primitives("exp", "exp2", "expm1")
+#: Elementwise functions that take so long that each number had better be computed once.
+COSTLY = LOG | EXP | primitives("sin", "cos", "tan", "pow", "tanh", "logistic", "erf")
 CUSTOM_CALLS = primitives("custom_jvp_call", "custom_vjp_call")
 
 #: One number in, one number out, at every position.

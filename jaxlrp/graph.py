@@ -74,6 +74,11 @@ class Equation:
         return any(v.depends for v in self.inputs)
 
     @property
+    def shared(self) -> bool:
+        """Whether its results are the same for all samples and take long to compute."""
+        return self.primitive in _primitives.COSTLY and not self.depends
+
+    @property
     def dependent(self) -> tuple[Value, ...]:
         """The operands that depend on the explained input, each once."""
         return tuple(dict.fromkeys(v for v in self.inputs if v.depends))
@@ -203,9 +208,10 @@ class Program:
     ) -> Env:
         """Run the program and keep every value. XLA drops those that nobody reads.
 
-        Those in ``once`` XLA is to compute once. It fuses sums into all that reads them, so that a residual stream
-        would be added up from its beginning by each of its readers. Convolutions in ``coarse`` may be computed with
-        errors relative to the largest of neighbouring results, if users allow it.
+        Those in ``once`` XLA is to compute once, and so what `Equation.shared` says. It fuses into all that reads it: a
+        residual stream would be added up from its beginning by each of its readers, and the sine of a rotary position
+        computed for every head of every sample. Convolutions in ``coarse`` may be computed with errors relative to the
+        largest of neighbouring results, if users allow it.
         """
         env: Env = dict(zip(self.inputs, args, strict=True))
         for equation in self.equations:
@@ -214,7 +220,8 @@ class Program:
                 env[equation.outputs[0]] = convolutions.forward(equation.primitive, equation.params, *values)
             else:
                 equation.run(env, wide)
-            env.update({v: jax.lax.optimization_barrier(env[v]) for v in equation.outputs if v in once})
+            held = [v for v in equation.outputs if v in once or equation.shared]
+            env.update({v: jax.lax.optimization_barrier(env[v]) for v in held})
         return env
 
 

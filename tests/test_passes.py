@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxlrp
@@ -90,6 +91,30 @@ def test_a_residual_stream_is_added_up_once(rule):
 
     four, five, six = map(reads, (4, 5, 6))
     assert six - five == five - four
+
+
+def test_angles_of_rotary_positions_are_computed_once():
+    """Not for every sample and head that they turn."""
+    wavelengths = jnp.arange(1.0, 5.0)
+
+    def turn(x, positions):
+        angles = jnp.concatenate([positions[:, None] / wavelengths] * 2, -1)
+        x = x.reshape(2, 16, 2, 8)
+        turned = jnp.concatenate([-x[..., 4:], x[..., :4]], -1)
+        return (x * jnp.cos(angles)[:, None] + turned * jnp.sin(angles)[:, None]).reshape(2, 16, 16)
+
+    def model(kernels, x):
+        for w in kernels:
+            x = turn(x @ w, jnp.arange(16.0))
+        return x.sum(1)
+
+    kernels, x = jnp.ones((3, 16, 16)), jnp.ones((2, 16, 16))
+    explain = jaxlrp.lrp(model, jaxlrp.Composite.uniform(jaxlrp.Epsilon()), argnums=1)
+    text = jax.jit(explain).lower(kernels, x).compile().as_text()
+    results = re.findall(r"^%\S+ \(.*\) -> \w+\[([\d,]*)\].* \{\n((?:  .*\n)*)", text, re.MULTILINE)
+    sizes = [math.prod(map(int, shape.split(","))) for shape, body in results if re.search(r" (?:co)?sine\(", body)]
+    assert sizes
+    assert max(sizes) <= 16 * 8
 
 
 @pytest.mark.parametrize(("side", "stride"), [(1, 1), (1, 2), (2, 2)])
