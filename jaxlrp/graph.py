@@ -74,11 +74,6 @@ class Equation:
         return any(v.depends for v in self.inputs)
 
     @property
-    def shared(self) -> bool:
-        """Whether its results are the same for all samples and take long to compute."""
-        return self.primitive in _primitives.COSTLY and not self.depends
-
-    @property
     def dependent(self) -> tuple[Value, ...]:
         """The operands that depend on the explained input, each once."""
         return tuple(dict.fromkeys(v for v in self.inputs if v.depends))
@@ -208,11 +203,11 @@ class Program:
     ) -> Env:
         """Run the program and keep every value. XLA drops those that nobody reads.
 
-        Those in ``once`` XLA is to compute once, and so what `Equation.shared` says. It fuses into all that reads it: a
-        residual stream would be added up from its beginning by each of its readers, and the sine of a rotary position
-        computed for every head of every sample. Convolutions in ``coarse`` may be computed with errors relative to the
-        largest of neighbouring results, if users allow it.
+        Those in ``once`` XLA is to compute once. It fuses sums into all that reads them, so that a residual stream
+        would be added up from its beginning by each of its readers. The same goes for what `spread` finds. Convolutions
+        in ``coarse`` may be computed with errors relative to the largest of neighbouring results, if users allow it.
         """
+        once = self.spread().union(once)
         env: Env = dict(zip(self.inputs, args, strict=True))
         for equation in self.equations:
             if equation in coarse:
@@ -220,9 +215,28 @@ class Program:
                 env[equation.outputs[0]] = convolutions.forward(equation.primitive, equation.params, *values)
             else:
                 equation.run(env, wide)
-            held = [v for v in equation.outputs if v in once or equation.shared]
-            env.update({v: jax.lax.optimization_barrier(env[v]) for v in held})
+            env.update({v: jax.lax.optimization_barrier(env[v]) for v in equation.outputs if v in once})
         return env
+
+    def spread(self) -> set[Value]:
+        """Results of costly functions, the same for every input, that are repeated along axes by what reads them.
+
+        XLA computes them again for each place that they come to: the sine of a rotary position for every head of every
+        sample, forwards and backwards.
+        """
+        repeats = _primitives.ELEMENTWISE | _primitives.BROADCAST
+        repeated: set[Value] = set()
+        found = set()
+        for equation in reversed(self.equations):
+            prim, out = equation.primitive, equation.outputs[0]
+            if prim in _primitives.COSTLY and not equation.depends:
+                found.update(repeated.intersection(equation.outputs))
+            for value in equation.inputs:
+                grows = prim in repeats and _long(value.shape) != _long(out.shape)
+                through = prim in _primitives.ELEMENTWISE | _primitives.MOVE and out in repeated
+                if (grows or through) and not value.depends and _long(value.shape):
+                    repeated.add(value)
+        return found
 
 
 def read(env: Mapping[Value, Any], value: Value) -> Any:
@@ -278,13 +292,18 @@ def _squeeze_lookups(program: Program) -> None:
     for value in program.sources:
         while len(readers := program.consumers.get(value, [])) == 1 and value not in program.inputs:
             (reader,) = readers
-            squeezed = [n for n in reader.outputs[0].shape if n != 1] == [n for n in value.shape if n != 1]
+            squeezed = _long(reader.outputs[0].shape) == _long(value.shape)
             if reader.primitive not in _primitives.RESHAPE - _primitives.TRANSPOSE or not squeezed:
                 break
             if len(reader.outputs[0].shape) >= len(value.shape):
                 break
             value.depends, reader.outputs[0].token = False, value.token
             value = reader.outputs[0]
+
+
+def _long(shape: tuple[int, ...]) -> list[int]:
+    """Without axes of size 1."""
+    return [n for n in shape if n != 1]
 
 
 def _input(var: Any, explained: bool, path: str) -> Value:
