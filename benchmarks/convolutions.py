@@ -3,9 +3,8 @@
     python benchmarks/convolutions.py [--rounds N]
 
 For layers of well-known networks: transposes of strided convolutions by phases, depthwise convolutions as shifted
-products and 1 × 1 convolutions as matrix products, forwards and transposed. Where products may be as coarse as in TF32,
-convolutions of three taps with half of the multiplications. Prints medians, and the largest difference relative to the
-largest value.
+products, 1 × 1 convolutions as matrix products and large ones of three by three taps with fewer multiplications,
+forwards and transposed. Prints medians, and the largest difference relative to the largest value.
 """
 
 from __future__ import annotations
@@ -29,21 +28,20 @@ if __package__ in (None, ""):  # run as a script
 from jaxlrp.convolutions import Convolution
 from jaxlrp.tables import table
 
-# what it is, batch, side, kernel, stride, input and output features, depthwise or not, coarse or not
+# what it is, batch, side, kernel, stride, input and output features, depthwise or not
 LAYERS = [
-    ("ResNet50, first", 8, 224, 7, 2, 3, 64, False, False),
-    ("ResNet50, strided 1x1", 8, 56, 1, 2, 256, 512, False, False),
-    ("ResNet50, 1x1", 8, 14, 1, 1, 1024, 256, False, False),
-    ("ResNet50, 1x1", 8, 7, 1, 1, 512, 2048, False, False),
-    ("ViT-B/16, patches", 4, 224, 16, 16, 3, 768, False, False),
-    ("EfficientNet, depthwise", 8, 112, 3, 1, 32, 32, True, False),
-    ("EfficientNet, depthwise", 8, 56, 5, 2, 144, 144, True, False),
-    ("VGG16, coarse", 4, 224, 3, 1, 64, 64, False, True),
-    ("VGG16, coarse", 4, 112, 3, 1, 128, 128, False, True),
-    ("VGG16, coarse", 4, 56, 3, 1, 256, 256, False, True),
-    ("VGG16, coarse", 4, 28, 3, 1, 512, 512, False, True),
-    ("VGG16, coarse", 4, 14, 3, 1, 512, 512, False, True),
-    ("ResNet50, coarse", 16, 14, 3, 1, 256, 256, False, True),
+    ("ResNet50, first", 8, 224, 7, 2, 3, 64, False),
+    ("ResNet50, strided 1x1", 8, 56, 1, 2, 256, 512, False),
+    ("ResNet50, 1x1", 8, 14, 1, 1, 1024, 256, False),
+    ("ResNet50, 1x1", 8, 7, 1, 1, 512, 2048, False),
+    ("ViT-B/16, patches", 4, 224, 16, 16, 3, 768, False),
+    ("EfficientNet, depthwise", 8, 112, 3, 1, 32, 32, True),
+    ("EfficientNet, depthwise", 8, 56, 5, 2, 144, 144, True),
+    ("VGG16", 4, 112, 3, 1, 128, 128, False),
+    ("VGG16", 4, 56, 3, 1, 256, 256, False),
+    ("VGG16", 4, 28, 3, 1, 512, 512, False),
+    ("VGG16", 4, 14, 3, 1, 512, 512, False),
+    ("ResNet50", 16, 14, 3, 1, 256, 256, False),
 ]
 
 
@@ -62,7 +60,7 @@ def timed(functions: dict[str, Callable[..., Any]], rounds: int, *args: Any) -> 
 
 def rows(layer: tuple[Any, ...], rounds: int) -> list[list[str]]:
     """One row for each way of a layer."""
-    name, batch, side, kernel, stride, features, out, depthwise, coarse = layer
+    name, batch, side, kernel, stride, features, out, depthwise = layer
     x = jax.random.normal(jax.random.key(0), (batch, side, side, features))
     w = jax.random.normal(jax.random.key(1), (kernel, kernel, 1 if depthwise else features, out))
     groups = features if depthwise else 1
@@ -73,14 +71,13 @@ def rows(layer: tuple[Any, ...], rounds: int) -> list[list[str]]:
             x, w, (stride, stride), "SAME", dimension_numbers=layout, feature_group_count=groups
         )
 
-    with jax.default_matmul_precision("tensorfloat32" if coarse else None):
-        (equation,) = jax.make_jaxpr(run)(x, w).eqns
+    (equation,) = jax.make_jaxpr(run)(x, w).eqns
     own = Convolution(equation.params, x.shape, w.shape)
     s = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, w).shape)
-    apply = own.apply_halved if own.halves else own.apply
-    transpose = functools.partial(own.transpose, halved=own.halves)
+    apply = own.apply_frugally if own.saves else own.apply
+    transpose = functools.partial(own.transpose, frugally=own.saves)
     ways = [("transposed", {"jax": lambda w, s: jax.vjp(lambda x: run(x, w), x)[1](s)[0], "own": transpose}, (w, s))]
-    if own.applies or own.halves:
+    if own.applies or own.saves:
         ways.insert(0, ("forwards", {"jax": run, "own": apply}, (x, w)))
     found = []
     for way, functions, args in ways:

@@ -6,13 +6,13 @@ For every network of speed.py, the gradient and every composite run under jax's 
 milliseconds of one run by kind of operation, and what the products alone are of the gradient's whole time: the ratio
 that would be left if all else cost nothing. `one by one` is what the same products take when each is a program of its
 own, with nothing beside it, and is run by the faster of YNNPACK and XLA's own kernel, as a matrix product where it can
-be one: about the least that a choice among these leaves. Operations per second stand beside those of large square
-matrix products in the same run, which is about the most that the processor can do. (XLA counts elementwise operations
-too; they are many where depthwise layers are sums of shifts, as on EfficientNet.) All run on one core, so that no two
-operations run at the same time and their sum is the whole, and keep temporary memory between calls (malloc.py). In
-rows called coarse, products may be as coarse as in TF32 (speed.py); what it takes to prepare six small convolutions for
-one, and to put their results together, counts as other. With --top, the slowest operations that are no
-products are listed as well.
+be one: about the least that a choice among these leaves, where the program has just the products that jax wrote.
+Operations per second stand beside those of large square matrix products in the same run, which is about the most that
+the processor can do. (XLA counts elementwise operations too; they are many where depthwise layers are sums of shifts,
+as on EfficientNet.) All run on one core, so that no two operations run at the same time and their sum is the whole, and
+keep temporary memory between calls (malloc.py). In rows called in full the highest precision leaves out Winograd's
+convolutions (speed.py), whose inputs are prepared by what counts as other. With --top, the slowest operations that are
+no products are listed as well.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if __package__ in (None, ""):  # run as a script
 
 import jaxlrp
 from benchmarks.malloc import keep_memory
-from benchmarks.speed import COARSE, NETWORKS, OWN_CONVOLUTIONS, Case
+from benchmarks.speed import IN_FULL, NETWORKS, OWN_CONVOLUTIONS, Case
 from jaxlrp import _compat
 from jaxlrp import _primitives as P
 from jaxlrp.convolutions import Convolution
@@ -145,6 +145,16 @@ def one_by_one(products: list[Equation], rounds: int, known: dict[str, float]) -
     return sum(known[name] for name in names)
 
 
+def in_full(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, in the highest precision."""
+
+    def run(*args: Any) -> Any:
+        with jax.default_matmul_precision(IN_FULL):
+            return function(*args)
+
+    return run
+
+
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -188,10 +198,10 @@ def measure(name: str, case: Case, wanted: list[str], rounds: int, top: int) -> 
     programs = {}
     for method in list(functions):
         programs[method] = compiled(functions[method], case.params, case.x)
-        with jax.default_matmul_precision(COARSE):
-            coarse = compiled(functions[method], case.params, case.x)
-        if coarse.products != programs[method].products:
-            functions[f"{method}, coarse"], programs[f"{method}, coarse"] = functions[method], coarse
+        full = in_full(functions[method])
+        program = compiled(full, case.params, case.x)
+        if program.products != programs[method].products:
+            functions[f"{method}, in full"], programs[f"{method}, in full"] = full, program
     whole: dict[str, list[float]] = collections.defaultdict(list)
     parts: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     squares, of_squares = square_products(), []  # seconds

@@ -7,14 +7,12 @@ Relevance is compared first: in float32 the largest difference as a share of the
 difference as a share of the norm; the largest in float64; and how far float32 is from float64 in each library alone, in
 norm. Two results that are each so far from the exact one cannot be nearer to one another than by chance: relevance
 jumps where rounding takes a relu across 0 or makes a max pool pick another of two nearly equal values. Where float64
-differs by 1e-4 or more, or coarse products (below) take relevance away from float64, by 1e-4 in norm and twice as far
-as full ones, nothing is timed, and the exit status is 1.
+differs by 1e-4 or more, or relevance in float32 is off it by 1e-4 in norm and twice as far as with all multiplications
+(`jax.default_matmul_precision("highest")`), nothing is timed, and the exit status is 1.
 
 Then all programs run in turn, so that they see the same machine: jax's own input gradient, jaxlrp, torch's own input
 gradient, the peer. Only one computes at a time and has all cores. On both sides temporary memory is kept between calls
-(malloc.py), which made both faster. Printed are medians of time, in float32. In rows called coarse, products of jaxlrp
-may be as coarse as in TF32; jax's gradient and the peer are those of the row above. (Torch has such a setting too, but
-on a CPU it changed not a bit of zennit's relevance.)
+(malloc.py), which made both faster. Printed are medians of time, in float32.
 
 Which setting is the fastest depends on the network and the processor, so some are tried on both sides, for gradients
 too. Those that take at most a tenth longer than the fastest are run, and the fastest of them counts. In jax these are
@@ -61,7 +59,7 @@ from benchmarks import networks, peers_weights
 from benchmarks.accuracy import in_double, in_norm, largest
 from benchmarks.malloc import keep_memory
 from benchmarks.peers_process import Peer, PeerError
-from benchmarks.speed import OWN_CONVOLUTIONS, Measured, compiled, in_full_and_coarse
+from benchmarks.speed import IN_FULL, OWN_CONVOLUTIONS, Measured, compiled
 from jaxlrp.models.llama import Llama, LlamaConfig
 from jaxlrp.tables import table
 
@@ -70,7 +68,7 @@ TARGET = 1
 NEAR = 1.1  # times the fastest, as in peers_torch.py
 SETTINGS: dict[str, dict[str, str]] = {"default": {}, "YNNPACK for dots alone": OWN_CONVOLUTIONS}
 
-Key = tuple[str, str]  # what is run: "own", "torch", "peer" or a row's composite; and its setting
+Key = tuple[str, str]  # what is run: "own", "torch", "peer" or "jaxlrp"; and its setting
 
 
 class Case(NamedTuple):
@@ -162,15 +160,6 @@ def medians(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, flo
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def in_settings(explain: Callable[..., jax.Array], case: Case, method: str) -> dict[Key, Measured]:
-    """Relevance in every setting, with coarse products too where that is another program."""
-    programs: dict[Key, Measured] = {}
-    for setting, options in SETTINGS.items():
-        found = in_full_and_coarse(explain, case.params, case.x, options=options)
-        programs |= zip(((method, setting), (f"{method}, coarse", setting)), found, strict=False)
-    return programs
-
-
 def fastest(seconds: dict[Key, float], called: str) -> tuple[float, str]:
     """The least seconds of a program, and its setting."""
     return min((found, setting) for (name, setting), found in seconds.items() if name == called)
@@ -189,17 +178,17 @@ def compare(single: Any, theirs: np.ndarray, double: tuple[np.ndarray, np.ndarra
     return [f"{value:.0e}" for value in (*found, in_norm(single, double[0]), in_norm(theirs, double[1]))]
 
 
-def agree(ours: dict[Key, np.ndarray], method: str, double: tuple[np.ndarray, np.ndarray]) -> bool:
-    """Whether relevance is the same in float64, and coarse products are about as near to it as full ones."""
-    off = {key: in_norm(single, double[0]) for key, single in ours.items()}
-    most = {key: np.inf if key[0] == method else max(TOLERANCE, 2 * off[method, key[1]]) for key in ours}
-    return largest(*double) < TOLERANCE and all(off[key] < most[key] for key in ours)  # not if it is NaN
+def agree(ours: dict[Key, np.ndarray], in_full: np.ndarray, double: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Whether relevance is the same in float64, and in float32 about as near to it as with all multiplications."""
+    most = max(TOLERANCE, 2 * in_norm(in_full, double[0]))
+    near = all(in_norm(single, double[0]) < most for single in ours.values())  # not if it is NaN
+    return largest(*double) < TOLERANCE and near
 
 
-def timing(t: dict[Key, float], called: str) -> list[str]:
+def timing(t: dict[Key, float]) -> list[str]:
     """Times, ratios and settings, given medians."""
     ms = lambda seconds: f"{1e3 * seconds:.0f} ms"  # noqa: E731
-    (own, _), (ours, setting) = fastest(t, "own"), fastest(t, called)
+    (own, _), (ours, setting) = fastest(t, "own"), fastest(t, "jaxlrp")
     (torch, _), (peer, theirs) = fastest(t, "torch"), fastest(t, "peer")
     left = [ms(own), ms(ours), f"{ours / own:.2f}x"]
     right = [ms(torch), ms(peer), f"{peer / torch:.2f}x", f"{peer / ours:.2f}x"]
@@ -247,9 +236,10 @@ def measure(
                         double = in_double(explain, case.params, case.x), peer.array()
                     with start(library, method, timed=bool(rounds)) as peer:
                         theirs = peer.array()
-                        ours = in_settings(explain, case, method)
+                        programs = functools.partial(compiled, explain, case.params, case.x)
+                        ours = {("jaxlrp", name): programs(options=options) for name, options in SETTINGS.items()}
                         single = {key: np.asarray(program.call()) for key, program in ours.items()}
-                        agrees = agree(single, method, double)
+                        agrees = agree(single, np.asarray(programs(precision=IN_FULL).call()), double)
                         t: dict[Key, float] = {}
                         if agrees and rounds:
                             calls = own | near_fastest(ours)
@@ -257,11 +247,10 @@ def measure(
                                 for setting in process.settings:
                                     calls[called, setting] = functools.partial(process.seconds, setting)
                             t = medians(calls, rounds)
-                        for called in dict.fromkeys(name for name, _ in ours):
-                            setting = fastest(t, called)[1] if t else next(iter(SETTINGS))
-                            cells = compare(single[called, setting], theirs, double)
-                            cells += timing(t, called) if t else ["-"] * (len(HEAD) - 3 - len(cells))
-                            yield Row([name, library, called, *cells], agrees, peer.versions)
+                        setting = fastest(t, "jaxlrp")[1] if t else next(iter(SETTINGS))
+                        cells = compare(single["jaxlrp", setting], theirs, double)
+                        cells += timing(t) if t else ["-"] * (len(HEAD) - 3 - len(cells))
+                        yield Row([name, library, method, *cells], agrees, peer.versions)
                 except PeerError as error:
                     yield f"{name}: {library} {method} is left out: {error}"
 

@@ -4,9 +4,10 @@
 
 For every network: the jitted gradient of a logit with respect to the input, and every composite, run in turn so that
 all see the same machine, in float32. Prints medians, ratios to the gradient, compile time, the compiled program's
-temporary memory and how many convolutions and matrix products it holds. In rows called coarse, products may be as
-coarse as in TF32 (`COARSE`): six small convolutions then often stand for one. How far that is from relevance in
-float64, and how far float32 without it, is said in a second table. (Where it changes nothing there is no such row.)
+temporary memory and how many convolutions and matrix products it holds. In rows called in full, the highest precision
+is asked for, which leaves out Winograd's convolutions (`jaxlrp/winograd.py`; elsewhere three products stand for each of
+those). How far both are from relevance in float64 is said in a second table. (Where it changes nothing there is no such
+row.)
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from benchmarks import accuracy, networks
 from jaxlrp.models import bert, get_model
 from jaxlrp.tables import table
 
-COARSE = "tensorfloat32"  # a precision of jax.default_matmul_precision
+IN_FULL = "highest"  # a precision of jax.default_matmul_precision
 # Options of XLA by which YNNPACK has nothing but dots, and no convolutions on CPUs: docs/devices.md.
 OWN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 HEAD = ["network", "", "time", "of gradient", "compile", "of gradient's", "temporary", "of gradient's", "products"]
-OFF = ["off float64", "", "in norm", "coarse", "at most", "coarse"]
+OFF = ["off float64", "", "in norm", "in full", "at most", "in full"]
 
 
 class Case(NamedTuple):
@@ -130,11 +131,9 @@ def interleaved(programs: Mapping[str, Measured], rounds: int) -> dict[str, floa
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def in_full_and_coarse(
-    function: Callable[..., Any], *args: Any, options: dict[str, str] | None = None
-) -> list[Measured]:
-    """Two programs, or one where being allowed coarse products changes nothing."""
-    programs = [compiled(function, *args, precision=precision, options=options) for precision in (None, COARSE)]
+def by_default_and_in_full(function: Callable[..., Any], *args: Any) -> list[Measured]:
+    """Two programs, or one where the highest precision changes nothing."""
+    programs = [compiled(function, *args, precision=precision) for precision in (None, IN_FULL)]
     return programs if programs[0].products != programs[1].products else programs[:1]
 
 
@@ -147,8 +146,8 @@ def measure(case: Case, rounds: int) -> tuple[list[list[str]], list[list[str]]]:
     programs, distances = {"gradient": compiled(gradient, case.params, case.x)}, []
     for name, composite in case.composites.items():
         explain = jaxlrp.lrp(case.run, composite, argnums=1, target=1)
-        found = in_full_and_coarse(explain, case.params, case.x)
-        programs |= dict(zip((name, f"{name}, coarse"), found, strict=False))
+        found = by_default_and_in_full(explain, case.params, case.x)
+        programs |= dict(zip((name, f"{name}, in full"), found, strict=False))
         if len(found) > 1:
             true = accuracy.in_double(explain, case.params, case.x)
             off = [how(p.call(), true) for how in (accuracy.in_norm, accuracy.largest) for p in found]

@@ -36,7 +36,7 @@ class Bilinear(NamedTuple):
     apply: Apply
     constant: jax.Array | None = None
     transpose: Transpose | None = None  # where jax's own is not the best
-    coarse: tuple[Apply, Transpose] | None = None  # both, faster and coarser, where that is allowed
+    frugal: tuple[Apply, Transpose] | None = None  # both with fewer multiplications, where that is allowed
     stack: tuple[int, int] | None = None  # see `LinearMap`
     product: bool = False
     rows: int = 0  # how many numbers every weight is multiplied with
@@ -67,15 +67,15 @@ def _product(eqn: Equation, env: Mapping[Value, Any]) -> Bilinear:
     if side == 1:
         return Bilinear((weight,), apply, product=True)
     convolution = Convolution(params, eqn.inputs[0].shape, eqn.inputs[1].shape)
-    coarse = (
-        lambda x, w: convolution.apply_halved(*_promoted(x[0], w[0])),
-        lambda w, s: (convolution.transpose(*_promoted(w[0], s), halved=True),),
+    frugal = (
+        lambda x, w: convolution.apply_frugally(*_promoted(x[0], w[0])),
+        lambda w, s: (convolution.transpose(*_promoted(w[0], s), frugally=True),),
     )
     return Bilinear(
         (weight,),
         (lambda x, w: convolution.apply(*_promoted(x[0], w[0]))) if convolution.applies else apply,
         transpose=(lambda w, s: (convolution.transpose(*_promoted(w[0], s)),)) if convolution.transposes else None,
-        coarse=coarse if convolution.halves else None,
+        frugal=frugal if convolution.saves else None,
         stack=convolution.stack,
         product=not convolution.depthwise,
         rows=_rows(eqn, side),

@@ -17,8 +17,8 @@ elementwise products. XLA's convolutions on a CPU take many times as long as tha
 handed back through several kernels is one to all their features. Images have 3, too few to fill the registers of a CPU:
 `stack` says along which axes to put inputs and kernels together.
 
-**Three taps.** Where a user lets products be no better than in TF32, `winograd` takes half of the multiplications. This
-alone is for the model's own forward pass as well, behind relus.
+**Three by three taps.** `winograd` takes fewer multiplications for large ones. This alone is for the model's own
+forward pass as well, behind relus.
 
 **One place each.** A 1 × 1 kernel without strides or padding is a matrix product over the features. XLA's convolutions
 of few places and many features take up to half as long again.
@@ -48,10 +48,10 @@ _MOST = 64  # taps of a depthwise kernel: each is a few operations to compile
 
 
 def forward(primitive: Any, params: Mapping[str, Any], x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution of the model, as it is or with half of the multiplications."""
+    """A convolution of the model, as it is or with fewer multiplications."""
     convolution = Convolution(params, x.shape, kernel.shape)
-    if convolution.halves:
-        return convolution.apply_halved(x, kernel)
+    if convolution.saves:
+        return convolution.apply_frugally(x, kernel)
     return _compat.bind(primitive, params, x, kernel)[0]
 
 
@@ -99,12 +99,10 @@ class Convolution:
         pointwise = {*self.taps, *self.strides} <= {1} and not any(itertools.chain(*self.padding))
         self.applies = self.depthwise or (ungrouped and pointwise)
         sizes = [n + low + high - k + 1 for n, (low, high), k in zip(self.places, self.padding, self.taps, strict=True)]
-        self.halves = (
-            ungrouped
-            and dense
-            and self.how["preferred_element_type"] in (None, np.float32)
-            and self.taps[:1] == [winograd.TAPS]
-            and winograd.asked(params["precision"])
+        kept = params["preferred_element_type"] is None or np.dtype(params["preferred_element_type"]) == np.float32
+        self.saves = (
+            (ungrouped and dense and kept)
+            and winograd.allowed(params["precision"])
             and winograd.pays(image[numbers.lhs_spec[0]], sizes, self.taps, self.features, out)
         )
 
@@ -123,9 +121,9 @@ class Convolution:
         last = (((self.rank + 1,), (0,)), ((), ()))
         return _first(lax.dot_general(_last(x, numbers.lhs_spec), kernel, last, **self.how), numbers.out_spec)
 
-    def apply_halved(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """The convolution with half of the multiplications, where ``halves``."""
-        z = self._convolve(_last(x, self.numbers.lhs_spec), self._kernel(weight), self.padding, halved=True)
+    def apply_frugally(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """The convolution with fewer multiplications, where it ``saves`` some."""
+        z = self._convolve(_last(x, self.numbers.lhs_spec), self._kernel(weight), self.padding, frugally=True)
         return _first(z, self.numbers.out_spec)
 
     def _apply_depthwise(self, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -136,10 +134,10 @@ class Convolution:
         sizes = [end // s + 1 for end, s in zip(ends, self.strides, strict=True)]
         return _first(_shifted(padded, self._by_tap(weight).items(), sizes, self.strides), numbers.out_spec)
 
-    def transpose(self, weight: jax.Array, coming: jax.Array, halved: bool = False) -> jax.Array:
+    def transpose(self, weight: jax.Array, coming: jax.Array, frugally: bool = False) -> jax.Array:
         """``x̄[s q + φ] = Σ_m w[s m + φ] · z̄[q - m]``, where ``transposes``.
 
-        Where ``halves``, with half of the multiplications if ``halved``.
+        Where it ``saves`` multiplications, with fewer if ``frugally``.
         """
         coming = _last(coming, self.numbers.out_spec)
         start = [0] * self.rank  # the first q
@@ -151,7 +149,7 @@ class Convolution:
             last = (((coming.ndim - 1,), (1,)), ((), ()))
             spread = lax.dot_general(coming, flat, last, **self.how).reshape(*coming.shape[:-1], *kernel.shape[:-1])
         else:
-            spread, start = self._spread_by_phases(coming, self._kernel(weight), halved)
+            spread, start = self._spread_by_phases(coming, self._kernel(weight), frugally)
         whole = self._interleaved(spread)
         cut = [low - s * q for low, s, q in zip(self.low, self.strides, start, strict=True)]
         crop = [(-low, n + low - size) for low, n, size in zip(cut, self.places, whole.shape[1:-1], strict=True)]
@@ -184,25 +182,27 @@ class Convolution:
         kernel = jnp.flip(kernel, steps).transpose(*steps, 2 * rank + 1, *phases, 2 * rank)
         return kernel.reshape(*self.steps, out, math.prod(self.phases) * features)
 
-    def _spread_by_phases(self, coming: jax.Array, weight: jax.Array, halved: bool) -> tuple[jax.Array, list[int]]:
+    def _spread_by_phases(self, coming: jax.Array, weight: jax.Array, frugally: bool) -> tuple[jax.Array, list[int]]:
         """For those ``q`` alone that nothing cuts off, and the first of them."""
         start = [low // s for low, s in zip(self.low, self.strides, strict=True)]
         end = [(n + low - 1) // s + 1 for n, low, s in zip(self.places, self.low, self.strides, strict=True)]
         sides = zip(start, end, self.steps, coming.shape[1:-1], strict=True)
         coming, around = _with_room(coming, [(m - 1 - a, b - n) for a, b, m, n in sides], self.steps)
-        spread = self._convolve(coming, self._by_phases(weight), around, halved)
-        if halved:  # or it is put together once for each reader
+        spread = self._convolve(coming, self._by_phases(weight), around, frugally)
+        if frugally:  # or it is put together once for each reader
             spread = lax.optimization_barrier(spread)
         return spread.reshape(*spread.shape[:-1], *self.phases, weight.shape[-2]), start
 
-    def _convolve(self, x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], halved: bool) -> jax.Array:
+    def _convolve(
+        self, x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], frugally: bool
+    ) -> jax.Array:
         """Without strides; samples first, features last."""
         how = {"dimension_numbers": self._layout(), **self.how}
         full = lambda x, w: lax.conv_general_dilated(x, w, [1] * self.rank, padding, **how)  # noqa: E731
-        if not halved or x.dtype != jnp.float32:
+        if not frugally or x.dtype != jnp.float32:
             return full(x, kernel)
-        half = lambda x, w: winograd.convolve(x, w, padding, **how)  # noqa: E731
-        return lax.platform_dependent(x, kernel, cpu=half, default=full)
+        few = lambda x, w: winograd.convolve(x, w, padding, **self.how)  # noqa: E731
+        return lax.platform_dependent(x, kernel, cpu=few, default=full)
 
     def _spread_depthwise(self, coming: jax.Array, weight: jax.Array) -> jax.Array:
         padded, by_tap = _pad(coming, [(m - 1, m - 1) for m in self.steps]), self._by_tap(weight)

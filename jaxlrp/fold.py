@@ -117,7 +117,7 @@ def fold(
                 first = arrived[0], units[0]  # a rule may read either
                 (arrived_0, unit_0), given = when(first, [kept[v] for v in block.inputs])
                 arrived, units = (arrived_0, *arrived[1:]), (unit_0, *units[1:])
-                env = ChainMap(block.evaluate(given, once=shared, coarse=known.coarse), kept)  # type: ignore[arg-type]
+                env = ChainMap(block.evaluate(given, once=shared, frugal=known.frugal), kept)  # type: ignore[arg-type]
         call = LayerCall(layer, env, known, arrived, units, after.product)
         inner, handed_per = None, ()
         if not layer.inputs:  # a number made of a comparison has no input that carries relevance: it ends here

@@ -199,18 +199,18 @@ class Program:
         args: Sequence[Any],
         wide: bool = False,
         once: Collection[Value] = (),
-        coarse: Collection[Equation] = (),
+        frugal: Collection[Equation] = (),
     ) -> Env:
         """Run the program and keep every value. XLA drops those that nobody reads.
 
         Those in ``once`` XLA is to compute once. It fuses sums into all that reads them, so that a residual stream
         would be added up from its beginning by each of its readers. The same goes for what `spread` finds. Convolutions
-        in ``coarse`` may be computed with errors relative to the largest of neighbouring results, if users allow it.
+        in ``frugal`` may be computed with fewer multiplications, and errors relative to all that a filter sees.
         """
         once = self.spread().union(once)
         env: Env = dict(zip(self.inputs, args, strict=True))
         for equation in self.equations:
-            if equation in coarse:
+            if equation in frugal:
                 values = (read(env, v) for v in equation.inputs)
                 env[equation.outputs[0]] = convolutions.forward(equation.primitive, equation.params, *values)
             else:

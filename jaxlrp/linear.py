@@ -48,7 +48,7 @@ class LinearMap:
         stack: the axes along which several ``x`` and ``w`` may be put together, where that is faster; or None.
         product: whether ``f`` is run as a convolution or matrix product, not as something that is fused with others.
         rows: of such a product that is not transposed by jax, how many numbers every weight is multiplied with; else 0.
-        coarse: ``apply`` and ``transpose``, faster and coarser, where users allow that; or None.
+        frugal: ``apply`` and ``transpose`` with fewer multiplications, where that is faster and allowed; or None.
     """
 
     inputs: Arrays
@@ -64,20 +64,20 @@ class LinearMap:
     stack: tuple[int, int] | None = None
     product: bool = False
     rows: int = 0
-    coarse: tuple[Apply, Transpose] | None = None
+    frugal: tuple[Apply, Transpose] | None = None
     exact: bool = True
 
-    def coarsely(self) -> LinearMap:
-        """With coarse products, if users allow them.
+    def frugally(self) -> LinearMap:
+        """With fewer multiplications, where that is faster and allowed.
 
-        Their errors are relative to the largest of neighbouring results. As denominators and for what is handed back
-        they will do where the denominator is known to be at least as large as ``z``: relevance of which ``c`` came down
-        per unit of ``z`` is then handed back as at most ``c`` per unit of contributions, whatever is next to it.
+        Errors are then relative to all that a filter sees, not to the result. As denominators and for what is handed
+        back such results will do where the denominator is known to be at least as large as ``z``: relevance of which
+        ``c`` came down per unit of ``z`` is then handed back as at most ``c`` per unit of contributions.
         """
-        if self.coarse is None:
+        if self.frugal is None:
             return self
-        apply, transpose = self.coarse
-        return dataclasses.replace(self, apply=apply, transpose=transpose, coarse=None)
+        apply, transpose = self.frugal
+        return dataclasses.replace(self, apply=apply, transpose=transpose, frugal=None)
 
     def apply_all(self, parts: Sequence[tuple[Arrays, Arrays]]) -> jax.Array:
         """``Σ f(x, w)`` over pairs of inputs and weights."""
@@ -159,9 +159,9 @@ class LinearSpec:
         def tailed(transpose: Transpose) -> Transpose:
             return lambda w, s: transpose(w, self._before_tail(s))
 
-        coarse = None
-        if core.coarse is not None:
-            coarse = self._with_tail(core.coarse[0], output.dtype), tailed(core.coarse[1])
+        frugal = None
+        if core.frugal is not None:
+            frugal = self._with_tail(core.frugal[0], output.dtype), tailed(core.frugal[1])
         bias = None if isinstance(shift, float) else widen(jnp.asarray(shift))
         features = _features(self.core, self.tail, output.ndim)
         return LinearMap(
@@ -178,7 +178,7 @@ class LinearSpec:
             stack=core.stack,
             product=core.product,
             rows=core.rows if core.product and core.transpose is not None else 0,
-            coarse=coarse,
+            frugal=frugal,
         )
 
     def one_channel(self) -> OneChannel | None:

@@ -101,8 +101,8 @@ def summands(
     return found
 
 
-def coarse_convolutions(program: Program, assignments: Assignments, positive: frozenset[Value]) -> frozenset[Equation]:
-    """Convolutions of the model whose results may have errors relative to the largest of their neighbours.
+def frugal_convolutions(program: Program, assignments: Assignments, positive: frozenset[Value]) -> frozenset[Equation]:
+    """Convolutions of the model whose results may have errors relative to all that a filter sees.
 
     A result that is 0 may then be a small number of either sign. A relu makes no more of that than such a number; a
     root or a quotient would, so nothing but relus may read it. And relevance must come in proportion to it, to a rule

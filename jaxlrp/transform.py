@@ -25,7 +25,7 @@ from .remat import Blocks, find_blocks, own_blocks
 from .rules import Known, Rule
 from .selectors import Name
 from .signs import nonnegative_values
-from .support import coarse_convolutions, pooled_values, positive_values, rectified_values, summands
+from .support import frugal_convolutions, pooled_values, positive_values, rectified_values, summands
 from .tables import table
 from .targets import check_shape, seed
 
@@ -399,10 +399,10 @@ class Setup:
         rectified = rectified_values(traced.main, assignments, positive, blocks)
         parts = summands(traced.main, assignments, rectified, blocks)
         pooled = pooled_values(traced.main, assignments, rectified, blocks)
-        coarse = coarse_convolutions(traced.program, assignments, positive)
-        known = Known(traced.nonnegative, positive, rectified, pooled, parts, coarse, constant_values(assignments))
+        frugal = frugal_convolutions(traced.program, assignments, positive)
+        known = Known(traced.nonnegative, positive, rectified, pooled, parts, frugal, constant_values(assignments))
         once = forks(traced.layers).union(rectified.values())
-        env = traced.program.evaluate(traced.leaves, once=once, coarse=coarse)
+        env = traced.program.evaluate(traced.leaves, once=once, frugal=frugal)
         if self.check:
             for assignment in assignments:
                 assignment.rule.check(assignment.layer, tuple(read(env, v) for v in assignment.layer.inputs))

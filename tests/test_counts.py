@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxlrp
+from jaxlrp import winograd
 
 
 class ReluNet(nn.Module):
@@ -67,6 +68,19 @@ LAYERS = 6
 def test_products_of_a_relu_net(rule, each):
     model = ReluNet()
     assert products(relevance(model, rule), *prepared(model, (2, 16, 16, 3))) == each * LAYERS
+
+
+@pytest.mark.parametrize(("rule", "each"), [(jaxlrp.Epsilon(), 2), (jaxlrp.ZPlus(), 3)], ids=str)
+def test_a_large_convolution_is_one_product_of_stacked_matrices(rule, each, monkeypatch):
+    """And two by small constant matrices, before and behind, with fewer multiplications in all."""
+    monkeypatch.setattr(winograd, "_FEATURES", 8)
+    monkeypatch.setattr(winograd, "_MULTIPLICATIONS", 0)
+    model = ReluNet()  # three of its convolutions have at least 8 features on both sides
+    compiled = jax.jit(relevance(model, rule)).lower(*prepared(model, (2, 16, 16, 3))).compile().as_text()
+    stacked = re.findall(r" dot\(.*lhs_batch_dims=\{0\}", compiled)
+    assert len(stacked) == each * 3
+    all_of_them = len(re.findall(r"= \S+ (?:convolution|dot)\(", compiled))
+    assert all_of_them - 2 * len(stacked) == each * LAYERS
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxlrp
+from jaxlrp import winograd
 
 ROOT = Path(__file__).parents[1]
 BATCH = 8
@@ -157,6 +158,26 @@ def test_an_explicit_mesh(name: str) -> None:
         got = jax.jit(explainer(CASES[name]))(jax.device_put(params, P()), *spread)
     close(got, want)
     assert jax.typeof(got).sharding.spec[0] == "data"
+
+
+@needs_eight
+def test_fewer_multiplications_on_an_explicit_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_FEATURES", 8)
+    monkeypatch.setattr(winograd, "_MULTIPLICATIONS", 0)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = nn.relu(nn.Conv(8, (3, 3))(x))
+            return x.mean((1, 2))
+
+    x = nn.relu(jax.random.normal(jax.random.key(0), (BATCH, 7, 8, 8)))
+    params = Net().init(jax.random.key(1), x)
+    explain = jax.jit(jaxlrp.lrp(Net(), jaxlrp.EpsilonPlus(), target=1))
+    want = np.asarray(explain(params, x))
+    with jax.set_mesh(grid(8, 1, AxisType.Explicit)):
+        close(explain(jax.device_put(params, P()), jax.device_put(x, P("data"))), want)
 
 
 @needs_eight

@@ -52,7 +52,7 @@ class Known:
         pooled: for some of these the max pool that alone reads the relu: relevance comes only where the relu won.
         summands: for some values a sum and its other summand: the difference is the same number wherever relevance
             comes, up to rounding of the size of the other.
-        coarse: convolutions whose results may have errors relative to the largest of their neighbours.
+        frugal: convolutions whose results may have errors relative to all that a filter sees.
         constant: values that are made only of what a `Constant` rule declared constant.
     """
 
@@ -61,7 +61,7 @@ class Known:
     rectified: Mapping[Value, Value] = dataclasses.field(default_factory=dict)
     pooled: Mapping[Value, Equation] = dataclasses.field(default_factory=dict)
     summands: Mapping[Value, tuple[Value, Value]] = dataclasses.field(default_factory=dict)
-    coarse: frozenset[Equation] = frozenset()
+    frugal: frozenset[Equation] = frozenset()
     constant: frozenset[Value] = frozenset()
 
 

@@ -23,7 +23,7 @@ from jax import lax
 from ..graph import wide_dtype
 from ..linear import LinearMap
 from ._base import Arrays, Handed, LayerCall, Losses, at_least_zero, known, stabilise, times, total
-from ._split import Flow, Share, SplitRule, Term, bias_of, is_one, is_static, is_zero, parts, sums_of
+from ._split import Flow, Share, SplitRule, Term, at_least, bias_of, is_one, is_static, is_zero, parts, sums_of
 from ._sweep import transposes
 
 
@@ -208,10 +208,10 @@ class Gamma(SplitRule, kw_only=True):
             yield from super()._flows(call, linear, relevance)
             return
         linear = self._where_it_comes(call, linear, relevance)
-        run = linear.coarsely() if linear.positive else linear
+        run = linear.frugally() if linear.positive else linear
         z, positive = linear.output, sums_of(run, 1.0, 0.0) + jnp.maximum(bias_of(linear), 0.0)
         if run is not linear:
-            positive = jnp.maximum(positive, z)
+            positive = at_least(positive, z)
         negative = jnp.where(z < 0, z + self.gamma * (z - positive), 0.0)
         yield from self._over(linear, relevance, z + self.gamma * positive, negative, at_least_z=linear.positive)
 

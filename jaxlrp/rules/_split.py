@@ -133,7 +133,7 @@ class SplitRule(Rule, kw_only=True):
         else:
             terms = []
             for flow in self._flows(call, linear, relevance):
-                terms += self._hand(linear.coarsely() if flow.at_least_z else linear, flow)
+                terms += self._hand(linear.frugally() if flow.at_least_z else linear, flow)
         product = terms[0][1][0] if own.product else None  # the first transpose
         if all(x is own.inputs for x, _ in terms):
             slopes = _added([g for _, g in terms])
@@ -191,8 +191,9 @@ class SplitRule(Rule, kw_only=True):
         for share, p, n in self._shares(relevance, linear):
             z = self._where_it_comes(call, linear, share).output
             exactly = linear.exact and self.bias == "absorb"
-            at_least_z = exactly and linear.positive and is_one(p) and isinstance(n, (int, float)) and 0 <= n <= 1
-            sums = sums_of(linear.coarsely() if at_least_z else linear, p, n)
+            positive = linear.positive and share is relevance  # another share may lie where none came
+            at_least_z = exactly and positive and is_one(p) and isinstance(n, (int, float)) and 0 <= n <= 1
+            sums = sums_of(linear.frugally() if at_least_z else linear, p, n)
             bias = jnp.zeros_like(sums)
             if linear.bias is not None and self.bias == "absorb":
                 bias = jnp.broadcast_to(_mix(p, linear.bias, n), sums.shape)
@@ -200,12 +201,12 @@ class SplitRule(Rule, kw_only=True):
                 sums = z if linear.exact and is_one(p) and is_one(n) else sums + bias
             elif linear.bias is None and linear.exact and is_one(p) and is_one(n):
                 sums = z
-            if at_least_z and sums is not z and linear.coarse is not None:
-                sums = jnp.maximum(sums, z)
+            if at_least_z and sums is not z and linear.frugal is not None:
+                sums = at_least(sums, z)
             stabilised = self._stab(sums, linear)
             whole = share is relevance and sums is z
             coefficient = call.slope(share, sums, stabilised) if whole else ratio(share, stabilised)
-            yield Flow(share, p, n, coefficient, sums, bias, at_least_z or (sums is z and linear.positive))
+            yield Flow(share, p, n, coefficient, sums, bias, at_least_z or (sums is z and positive))
 
     def _where_it_comes(self, call: LayerCall, linear: LinearMap, relevance: jax.Array) -> LinearMap:
         """With ``z`` as it is where relevance comes, unless a denominator depends on ``z`` at other places too.
@@ -277,6 +278,11 @@ class Flow(NamedTuple):
 
 def bias_of(linear: LinearMap) -> jax.Array:
     return jnp.zeros(()) if linear.bias is None else linear.bias
+
+
+def at_least(sums: jax.Array, z: jax.Array) -> jax.Array:
+    """The larger one; where rounding decides that, its derivative is nevertheless that of the sums."""
+    return sums + jax.lax.stop_gradient(jnp.maximum(z - sums, 0.0))
 
 
 def sums_of(linear: LinearMap, p: Factor, n: Factor) -> jax.Array:
