@@ -30,7 +30,7 @@ if __package__ in (None, ""):  # run as a script
 import jaxlrp
 from benchmarks import networks
 from benchmarks.malloc import environment
-from benchmarks.speed import Case, Measured, compiled, interleaved
+from benchmarks.speed import Case, Measured, compiled, interleaved, large_bert
 from jaxlrp.tables import table
 
 
@@ -218,6 +218,8 @@ def _captured(rounds: int) -> list[list[str]]:
     convolutional, attention = jaxlrp.EpsilonPlusFlat(), jaxlrp.AttnLRP()
     rows = _captured_of("VGG16, batch 2", _case(networks.VGG16(), 2, 224, 224, 3), convolutional, 2 * rounds)
     rows += _captured_of("ResNet50, batch 2", _case(networks.ResNet50(), 2, 224, 224, 3), convolutional, 2 * rounds)
+    rows += _captured_of("ViT-B/16, batch 2", _case(networks.ViT(), 2, 224, 224, 3), attention, 2 * rounds)
+    rows += _captured_of("BERT, batch 2", large_bert(2), attention, 2 * rounds)
     # they take but milliseconds
     rows += _captured_of("12 blocks, batch 2", _case(Unrolled(12, 4, 512), 2, 64, 128), attention, 8 * rounds)
     scanned = _case(networks.ScannedEncoder(12, 4, 512), 2, 64, 128)
@@ -227,32 +229,45 @@ def _captured(rounds: int) -> list[list[str]]:
 def _captured_of(name: str, case: Case, composite: Any, rounds: int, steps: int = 0) -> list[list[str]]:
     """Of one network, which is a scan of so many steps or none."""
     inside = jaxlrp.layerwise_lrp(case.run, composite, argnums=1, target=1)
-    results = jax.eval_shape(inside, case.params, case.x)
-    shapes = [(r.shape, r.dtype) for r in jax.tree.leaves(results)]
+    places: list[int] = []  # of every result, which of the different arrays it is: layers share what is theirs alike
 
-    # What results of these shapes cost by themselves: written at once, or by a scan, which first fills them with zeros.
-    def write(value: jax.Array) -> list[jax.Array]:
-        # with other numbers each, or XLA would write one and copy it
-        return [jnp.full(shape, value + i, dtype) for i, (shape, dtype) in enumerate(shapes)]
+    def distinct(params: Any, x: jax.Array) -> list[jax.Array]:
+        results = jax.tree.leaves(inside(params, x))
+        first: dict[int, int] = {}
+        places.extend(first.setdefault(id(r), len(first)) for r in results)
+        return list({id(r): r for r in results}.values())
 
-    def stack(value: jax.Array) -> list[list[jax.Array]]:
-        def full(shape: tuple[int, ...], i: int, dtype: Any) -> jax.Array:
-            return jnp.full(shape, value + i, dtype)
+    shapes = [r.shape for r in jax.eval_shape(distinct, case.params, case.x)]
+    stacked = [i for i, shape in enumerate(shapes) if steps and shape[0] == steps]
 
-        def step(i: jax.Array, _: None) -> tuple[jax.Array, list[jax.Array]]:
-            return i + 1, [full(shape[1:], i + k, dtype) for k, (shape, dtype) in enumerate(inside_of_it)]
+    def results(make: Callable[[int, Any], jax.Array], given: list[Any]) -> list[jax.Array]:
+        """As many results as are captured, each made of what is given for it: at once or step by step, in a scan."""
 
-        inside_of_it = [(shape, dtype) for shape, dtype in shapes if shape[0] == steps]
-        others = [full(shape, i, dtype) for i, (shape, dtype) in enumerate(shapes) if shape[0] != steps]
-        return [others, jax.lax.scan(step, 0, length=steps)[1]]
+        def step(_: None, now: list[Any]) -> tuple[None, list[jax.Array]]:
+            return None, [make(i, part) for i, part in zip(stacked, now, strict=True)]
 
+        made = {i: make(i, part) for i, part in enumerate(given) if i not in stacked}
+        if stacked:
+            _, of_steps = jax.lax.scan(step, None, [given[i] for i in stacked])
+            made |= dict(zip(stacked, of_steps, strict=True))
+        return [made[place] for place in places]
+
+    def write(number: jax.Array) -> list[jax.Array]:
+        """Results that need nothing: with other numbers each, or XLA would write one and copy it."""
+        numbers = [number + i + (jnp.arange(steps) if i in stacked else 0) for i in range(len(shapes))]
+        return results(lambda i, number: jnp.full(shapes[i][1:] if i in stacked else shapes[i], number), numbers)
+
+    def form(values: list[jax.Array], slopes: list[jax.Array]) -> list[jax.Array]:
+        """What relevance is where rules do not divide: the value times a slope, both of which lie in memory."""
+        return results(lambda _, both: both[0] * both[1], [*zip(values, slopes, strict=True)])
+
+    arrays = [[jax.random.uniform(jax.random.key(k), shape) for shape in shapes] for k in (2, 3)]
     programs = {
         "input": _relevance(case, composite),
         "all layers": compiled(inside, case.params, case.x),
         "none, results written": compiled(write, jnp.ones(())),
+        "none, results formed": compiled(form, *arrays),
     }
-    if steps:
-        programs["none, results stacked"] = compiled(stack, jnp.ones(()))
     return [[name, *row] for row in _beside_one(programs, rounds)]
 
 

@@ -87,7 +87,7 @@ def _efficientnet(batch: int) -> Case:
     return Case(module.apply, variables, x, {"EpsilonPlusFlat": jaxlrp.EpsilonPlusFlat()})
 
 
-def _bert(batch: int) -> Case:
+def large_bert(batch: int) -> Case:
     config = bert.BertConfig(30522, 768, 12, 12, 3072, max_positions=512)
     module = bert.BertClassifier(config, 2)
     ids = jnp.ones((1, 128), jnp.int32)
@@ -101,7 +101,7 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "ResNet50, batch 8": lambda: vision(networks.ResNet50(), 8, convolutional()),
     "EfficientNet-Lite0, batch 8": lambda: _efficientnet(8),
     "ViT-B/16, batch 4": lambda: vision(networks.ViT(), 4, attention()),
-    "BERT, 12 layers, batch 4": lambda: _bert(4),
+    "BERT, 12 layers, batch 4": lambda: large_bert(4),
 }
 
 

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are pytrees, and that jax tells apart."""
+"""Pytrees of our own: frozen dataclasses that jax tells apart, and trees that have every array once."""
 
 from __future__ import annotations
 
@@ -42,3 +42,36 @@ class PyTreeNode:
     def replace(self, **updates: Any) -> Self:
         """The same with other values for some fields."""
         return dataclasses.replace(self, **updates)  # type: ignore[type-var]
+
+
+@jax.tree_util.register_pytree_node_class
+class Distinct:
+    """A tree in which an array may stand many times, as a pytree that has it once.
+
+    jax stacks, copies and returns every leaf of a tree by itself. What leaves a scan as this is stacked once, and then
+    stands again wherever it stood before.
+    """
+
+    def __init__(self, tree: Any):
+        leaves, structure = jax.tree.flatten(tree)
+        first: dict[int, int] = {}
+        self._places = tuple(first.setdefault(id(leaf), len(first)) for leaf in leaves)
+        self._leaves = list({id(leaf): leaf for leaf in leaves}.values())
+        self._structure = structure
+
+    @property
+    def tree(self) -> Any:
+        """As it was given."""
+        return jax.tree.unflatten(self._structure, [self._leaves[place] for place in self._places])
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        """For jax: the leaves, and where each of them stands."""
+        return self._leaves, (self._structure, self._places)
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, leaves: Any) -> Self:
+        """For jax: the same with other leaves."""
+        new = object.__new__(cls)
+        new._structure, new._places = structure
+        new._leaves = list(leaves)
+        return new

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from ._pytree import Distinct
 from .composites import Assignment, Assignments
 from .errors import RuleError
 from .graph import Cond, Program, Scan, Value, read, wide_dtype, widen
@@ -194,13 +195,16 @@ def _fold_scan(
         inner = step.evaluate((*values, *start, *x), once=once)
         relevance, seen, unplaced = fold(step, inside[0], inner, (*to_carries, *to_outputs), known, watch)
         added = (None if r is None else r + at(relevance, v) for r, v in zip(to_consts, consts, strict=True))
-        return (_at_all(relevance, carries, inner), tuple(added)), (_at_all(relevance, stacked, inner), seen, unplaced)
+        to_stacked = _at_all(relevance, stacked, inner)
+        # many layers read one value, or hand on what came to them: that is stacked once
+        return (_at_all(relevance, carries, inner), tuple(added)), (Distinct((to_stacked, seen)), unplaced)
 
     first = (outputs[: scan.carries], _at_all({}, consts, dict(zip(consts, values, strict=True))))
     over = (starts, given, outputs[scan.carries :])
-    (to_init, to_consts), (to_stacked, seen, unplaced) = jax.lax.scan(
+    (to_init, to_consts), (kept, unplaced) = jax.lax.scan(
         back, first, over, length=scan.params["length"], reverse=not scan.params["reverse"]
     )
+    to_stacked, seen = kept.tree
     joined = {name: watch.join(s) for name, s in seen.items()} if watch is not None else {}
     return [*to_consts, *to_init, *to_stacked], joined, jnp.sum(unplaced)
 

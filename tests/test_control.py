@@ -129,6 +129,29 @@ def test_capture_inside_of_a_scan_is_per_step(rng):
     np.testing.assert_allclose(captured["tanh"], np.stack(expected), rtol=1e-12)
 
 
+def test_relevance_that_layers_inside_of_a_scan_share_is_stacked_once(rng):
+    start, x, a, b = arrays(rng, (3,), (4, 3), (3, 3), (3, 3))
+
+    def gated(h, row, a, b):
+        return h + (row @ a) * jax.nn.relu(row @ b)
+
+    def scan(h, x, a, b):
+        return lax.scan(lambda h, row: (gated(h, row, a, b), None), h, x)[0]
+
+    def loop(h, x, a, b):
+        return functools.reduce(lambda h, row: gated(h, row, a, b), x, h)
+
+    explain, by_step = (jaxlrp.layerwise_lrp(f, EPSILON, argnums=(0, 1)) for f in (scan, loop))
+    ((_, relevance), captured), (_, one_by_one) = explain(start, x, a, b), by_step(start, x, a, b)
+    assert captured["dense"] is captured["dense:2"]  # both read the row
+    assert captured["relu"] is captured["mul"][1]  # a relu hands on what comes to it
+    assert captured["mul"][0] is not captured["mul"][1]
+    assert captured["dense"] is relevance
+    for name, part in (("relu", lambda r: r), ("mul", lambda r: r[0])):
+        steps = [part(one_by_one[n]) for n in (name, f"{name}:2", f"{name}:3", f"{name}:4")]
+        np.testing.assert_allclose(part(captured[name]), np.stack(steps), rtol=1e-12)
+
+
 def test_remat_and_nested_scans(rng):
     x, w = arrays(rng, (2, 3, 4), (4, 4))
 
