@@ -3,11 +3,11 @@
     python benchmarks/speed.py [--network NAME ...] [--rounds N]
 
 For every network: the jitted gradient of a logit with respect to the input, and every composite, run in turn so that
-all see the same machine, in float32. Prints medians, ratios to the gradient, compile time, the compiled program's
-temporary memory and how many convolutions and matrix products it holds. In rows called in full, the highest precision
-is asked for, which leaves out Winograd's convolutions (`jaxlrp/winograd.py`; elsewhere three products stand for each of
-those). How far both are from relevance in float64 is said in a second table. (Where it changes nothing there is no such
-row.)
+all see the same machine, in float32. Prints medians, ratios to the gradient, compile time (the median of three, in turn
+as well), the compiled program's temporary memory and how many convolutions and matrix products it holds. In rows called
+in full, the highest precision is asked for, which leaves out Winograd's convolutions (`jaxlrp/winograd.py`; elsewhere
+three products stand for each of those). How far both are from relevance in float64 is said in a second table. (Where it
+changes nothing there is no such row.)
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class Case(NamedTuple):
 class Measured(NamedTuple):
     """One program."""
 
-    compile_s: float
+    compile_s: float  # from the function to the program, as found when it was compiled first
     temporary_mb: float
     products: int
     call: Callable[[], Any]
+    compile_again: Callable[[], float]  # seconds
 
 
 def vision(module: Any, batch: int, composites: dict[str, Any], size: int = 224) -> Case:
@@ -109,13 +110,28 @@ def compiled(
     function: Callable[..., Any], *args: Any, precision: str | None = None, options: dict[str, str] | None = None
 ) -> Measured:
     """Compile a function for its arguments, with options of XLA, and ask the program about itself."""
-    start = time.perf_counter()
-    with jax.default_matmul_precision(precision):
-        program = jax.jit(function).lower(*args).compile(compiler_options=options)
-    seconds = time.perf_counter() - start
+
+    def build() -> tuple[Any, float]:
+        start = time.perf_counter()
+        with jax.default_matmul_precision(precision):
+            anew = jax.jit(lambda *args: function(*args))  # jax would remember what it traced of the same function
+            program = anew.lower(*args).compile(compiler_options=options)
+        return program, time.perf_counter() - start
+
+    program, seconds = build()
     operations = collections.Counter(re.findall(r"= \S+ ([\w-]+)\(", program.as_text()))
     memory = program.memory_analysis().temp_size_in_bytes / 2**20
-    return Measured(seconds, memory, operations["convolution"] + operations["dot"], lambda: program(*args))
+    products = operations["convolution"] + operations["dot"]
+    return Measured(seconds, memory, products, lambda: program(*args), lambda: build()[1])
+
+
+def compile_times(programs: Mapping[str, Measured]) -> dict[str, float]:
+    """Median seconds of three times that every program is compiled, in turn."""
+    found = {name: [program.compile_s] for name, program in programs.items()}
+    for _ in range(2):
+        for name, program in programs.items():
+            found[name].append(program.compile_again())
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def interleaved(programs: Mapping[str, Measured], rounds: int) -> dict[str, float]:
@@ -152,7 +168,7 @@ def measure(case: Case, rounds: int) -> tuple[list[list[str]], list[list[str]]]:
             true = accuracy.in_double(explain, case.params, case.x)
             off = [how(p.call(), true) for how in (accuracy.in_norm, accuracy.largest) for p in found]
             distances.append([name, *(f"{value:.0e}" for value in off)])
-    seconds = interleaved(programs, rounds)
+    seconds, to_compile = interleaved(programs, rounds), compile_times(programs)
     base, own = seconds["gradient"], programs["gradient"]
     rows = []
     for name, program in programs.items():
@@ -162,8 +178,8 @@ def measure(case: Case, rounds: int) -> tuple[list[list[str]], list[list[str]]]:
                 name,
                 f"{1e3 * time_:.0f} ms",
                 f"{time_ / base:.2f}x",
-                f"{program.compile_s:.1f} s",
-                f"{program.compile_s / own.compile_s:.1f}x",
+                f"{to_compile[name]:.1f} s",
+                f"{to_compile[name] / to_compile['gradient']:.1f}x",
                 f"{program.temporary_mb:.0f} MB",
                 f"{program.temporary_mb / own.temporary_mb:.2f}x",
                 str(program.products),
