@@ -125,10 +125,10 @@ def compiled(
     return Measured(seconds, memory, products, lambda: program(*args), lambda: build()[1])
 
 
-def compile_times(programs: Mapping[str, Measured]) -> dict[str, float]:
-    """Median seconds of three times that every program is compiled, in turn."""
+def compile_times(programs: Mapping[str, Measured], count: int = 3) -> dict[str, float]:
+    """Median seconds of so many times that every program is compiled, in turn."""
     found = {name: [program.compile_s] for name, program in programs.items()}
-    for _ in range(2):
+    for _ in range(count - 1):
         for name, program in programs.items():
             found[name].append(program.compile_again())
     return {name: statistics.median(seconds) for name, seconds in found.items()}
@@ -144,6 +144,7 @@ def interleaved(programs: Mapping[str, Measured], rounds: int) -> dict[str, floa
             if round_:
                 seconds[name].append(time.perf_counter() - start)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result)), name
+            del result  # or the next program's time would have the release of this one's memory in it
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
@@ -153,7 +154,7 @@ def by_default_and_in_full(function: Callable[..., Any], *args: Any) -> list[Mea
     return programs if programs[0].products != programs[1].products else programs[:1]
 
 
-def measure(case: Case, rounds: int) -> tuple[list[list[str]], list[list[str]]]:
+def measure(case: Case, rounds: int, compiled_times: int = 3) -> tuple[list[list[str]], list[list[str]]]:
     """Rows of the table for one network, the gradient first, and of that on how far relevance is from float64."""
 
     def gradient(params: Any, x: jax.Array) -> jax.Array:
@@ -168,7 +169,7 @@ def measure(case: Case, rounds: int) -> tuple[list[list[str]], list[list[str]]]:
             true = accuracy.in_double(explain, case.params, case.x)
             off = [how(p.call(), true) for how in (accuracy.in_norm, accuracy.largest) for p in found]
             distances.append([name, *(f"{value:.0e}" for value in off)])
-    seconds, to_compile = interleaved(programs, rounds), compile_times(programs)
+    seconds, to_compile = interleaved(programs, rounds), compile_times(programs, compiled_times)
     base, own = seconds["gradient"], programs["gradient"]
     rows = []
     for name, program in programs.items():
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="*", default=[], help=f"any of: {'; '.join(NETWORKS)}")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # it would be timed instead of the compiler
     chosen = {
         n: make for n, make in NETWORKS.items() if not arguments.network or n.startswith(tuple(arguments.network))
     }

@@ -186,7 +186,8 @@ def layerwise_lrp(
 
     The relevance of a hidden value is all that arrives there, from every layer that reads it. A layer with several
     inputs (a residual sum, a product) gives a tuple. Layers come in the order in which the model runs them; out of
-    `jax.jit` or `jax.vmap` by name, as jax sorts the keys of every dictionary.
+    `jax.jit` or `jax.vmap` by name, as jax sorts the keys of every dictionary. Layers that have the same relevance may
+    share one array.
 
     Args:
         model: as for `lrp`.
