@@ -31,6 +31,7 @@ import jaxlrp
 from benchmarks import networks
 from benchmarks.malloc import environment
 from benchmarks.speed import Case, Measured, compile_times, compiled, interleaved, large_bert
+from jaxlrp._pytree import Distinct
 from jaxlrp.tables import table
 
 
@@ -230,18 +231,11 @@ def _captured(rounds: int) -> list[list[str]]:
 def _captured_of(name: str, case: Case, composite: Any, rounds: int, steps: int = 0) -> list[list[str]]:
     """Of one network, which is a scan of so many steps or none."""
     inside = jaxlrp.layerwise_lrp(case.run, composite, argnums=1, target=1)
-    places: list[int] = []  # of every result, which of the different arrays it is: layers share what is theirs alike
-
-    def distinct(params: Any, x: jax.Array) -> list[jax.Array]:
-        results = jax.tree.leaves(inside(params, x))
-        first: dict[int, int] = {}
-        places.extend(first.setdefault(id(r), len(first)) for r in results)
-        return list({id(r): r for r in results}.values())
-
-    shapes = [r.shape for r in jax.eval_shape(distinct, case.params, case.x)]
+    found = jax.eval_shape(lambda params, x: Distinct(inside(params, x)), case.params, case.x)
+    shapes = [r.shape for r in jax.tree.leaves(found)]
     stacked = [i for i, shape in enumerate(shapes) if steps and shape[0] == steps]
 
-    def results(make: Callable[[int, Any], jax.Array], given: list[Any]) -> list[jax.Array]:
+    def results(make: Callable[[int, Any], jax.Array], given: list[Any]) -> Any:
         """As many results as are captured, each made of what is given for it: at once or step by step, in a scan."""
 
         def step(_: None, now: list[Any]) -> tuple[None, list[jax.Array]]:
@@ -251,14 +245,15 @@ def _captured_of(name: str, case: Case, composite: Any, rounds: int, steps: int 
         if stacked:
             _, of_steps = jax.lax.scan(step, None, [given[i] for i in stacked])
             made |= dict(zip(stacked, of_steps, strict=True))
-        return [made[place] for place in places]
+        different = [made[i] for i in range(len(shapes))]
+        return jax.tree.unflatten(jax.tree.structure(found), different).tree  # some of them many times
 
-    def write(number: jax.Array) -> list[jax.Array]:
+    def write(number: jax.Array) -> Any:
         """Results that need nothing: with other numbers each, or XLA would write one and copy it."""
         numbers = [number + i + (jnp.arange(steps) if i in stacked else 0) for i in range(len(shapes))]
         return results(lambda i, number: jnp.full(shapes[i][1:] if i in stacked else shapes[i], number), numbers)
 
-    def form(values: list[jax.Array], slopes: list[jax.Array]) -> list[jax.Array]:
+    def form(values: list[jax.Array], slopes: list[jax.Array]) -> Any:
         """What relevance is where rules do not divide: the value times a slope, both of which lie in memory."""
         return results(lambda _, both: both[0] * both[1], [*zip(values, slopes, strict=True)])
 
